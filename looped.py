@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 import data
 
 # ---- config: the only place of options; the command line is made from it -------------------------
@@ -67,7 +66,7 @@ class Config:
     steps: int = opt(None, "optimiser steps", low=1)
     batch: int = opt(None, "puzzles per step", low=1)
     lr: float = opt(1e-3, "learning rate after the warm-up", low=1e-9)
-    decay: str = opt("linear", "then: linearly to 0, or x0.1 after 60% of it", "linear", "step")
+    decay: str = opt("linear", "then: linearly to 0, or x0.1 after 0.6 of it", "linear", "step")
     warmup: int = opt(50, "steps of warm-up", low=0)
     weight_decay: float = opt(0.01, "of AdamW, on matrices only", low=0)
     clip: float = opt(1.0, "largest gradient norm", low=1e-9)
@@ -127,9 +126,8 @@ TASK_DEFAULTS = {
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e-4, decay="step",
              warmup=160, steps=1600, eval_loops=500, start="off")
 PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=10000, n_hard=10000)
-# what may differ when a run goes on
 RESUMABLE = set("steps hard_bits n_test n_hard lr clip eval_loops eval_every tol device dtype "
-                "compile minutes out resume watch puzzle table preset".split())
+                "compile minutes out resume watch puzzle table preset".split())    # may change
 
 # ---- the parts: norm, rotary positions, attention ------------------------------------------------
 class RMSNorm(nn.Module):
@@ -146,7 +144,6 @@ class RMSNorm(nn.Module):
 @functools.lru_cache(maxsize=32)
 def geometry(grid, window, head_dim, base, device, dtype):
     """What attention needs to know of positions; it depends on shapes alone, so it is made once.
-
     -> cos, sin [L, 1, 1, head_dim / 2]: n-D RoPE; the token at p on an axis turns pair j of that
     axis by p * base^(-j / k), k = head_dim / (2 * axes). -> queries [n, C], keys [n, K], mask
     [n, 1, C, K]: windowed attention in n chunks of C queries, with the K = C + window - 1 keys that
@@ -289,7 +286,6 @@ def chunk(x):
 @torch.inference_mode()
 def evaluate(model, x, y, loops, progress=lambda done, total: None):
     """Accuracy and motion of puzzles x, y [N, L] after each of the loop counts `loops`.
-
     -> {count: {"exact": share of puzzles with all tokens right, "token": share of scored tokens,
         "residual": max over tokens of |h_{t+1} - h_t| / |h_t|, mean over puzzles; "residual2": the
         same for h_{t+2} (small where residual is not: a two-cycle); "norm_ratio": |h_t| / |h_1|}}
@@ -311,15 +307,14 @@ def evaluate(model, x, y, loops, progress=lambda done, total: None):
                     total[behind][k] += moved(h, past[behind]).sum().cpu()
             past.pop(t - 2, None)
         progress(min(done * size, len(x)), len(x))
-    names = "exact token residual residual2 norm_ratio".split()
-    return {t: dict(zip(names, (total[t] / len(x)).tolist())) for t in loops}
+    return {t: dict(zip(("exact", "token", "residual", "residual2", "norm_ratio"),
+                        (total[t] / len(x)).tolist())) for t in loops}
 
 @torch.inference_mode()
 def solve(model, x, tol=1e-3, max_loops=2000):
-    """Adaptive halting: each puzzle of x [N, L] loops until its state moves less than tol a loop.
-
+    """Adaptive halting: each puzzle of x [N, L] loops until its state moves less than tol a loop
+    (a slow wave still moves the tokens at its front, so a puzzle at rest is a puzzle that is done).
     -> logits [N, L, classes], loops used [N], settled [N] (False: max_loops was not enough).
-    A slow wave still moves the tokens at its front, so a puzzle at rest is a puzzle that is done.
     """
     results = []
     for xb in x.split(chunk(x)):
@@ -340,13 +335,11 @@ def solve(model, x, tol=1e-3, max_loops=2000):
 # ---- training: two losses ------------------------------------------------------------------------
 def carry_loss(model, cfg, carry, fresh):
     """The default. A puzzle gets cfg.loops loops, a few of them a step: its state is carried over.
-
     Each step starts from the states that the last step left, detached, and runs `grad_loops` loops
     with gradient. Allowed because what counts is the fixed point: near it h hardly depends on the
     path, so a state made with slightly older weights is as good a start as a new one, and a short
     gradient is close to the full one (its terms shrink like rho(dh'/dh)^t). Ages are staggered: a
     batch holds all stages of solving. A puzzle whose loops are used up makes way for a fresh one.
-
     carry {"x", "y" [B, L], "h" [B, L, D], "age" [B]}; fresh x, y [B, L] -> loss, new carry.
     """
     over = carry["age"] >= cfg.loops
@@ -394,13 +387,12 @@ def learning_rate(cfg, step):
 
 def train(cfg, model, sets, out, state=None, until=None):
     """Train `model` on sets["train"], saving out/ckpt.pt; state: a checkpoint to go on from.
-
     -> True if finished, False if stopped before (`until` steps, cfg.minutes, Ctrl-C). A checkpoint
     holds all that the next step depends on: on a CPU a run cut in two is bit for bit the run in one
     go. Raises RunFailed when the loss is not finite.
     """
-    (x_all, y_all), began = sets["train"], time.time()
-    device, rng = x_all.device, torch.Generator(x_all.device).manual_seed(cfg.seed)
+    (x_all, y_all), device, began = sets["train"], sets["train"][0].device, time.time()
+    rng = torch.Generator(device).manual_seed(cfg.seed)
     judged = copy.deepcopy(model) if cfg.ema else model     # the moving average, if there is one
     opt = torch.optim.AdamW([{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix],
                               "weight_decay": cfg.weight_decay * matrix} for matrix in (1, 0)],
@@ -470,14 +462,12 @@ def train(cfg, model, sets, out, state=None, until=None):
         signal.signal(signal.SIGINT, ctrl_c)
 
 def log(out, record, text):
-    """Text for the reader, one JSON line for the run's log.jsonl."""
     print(text, flush=True)
     with open(out / "log.jsonl", "a") as f:
         f.write(json.dumps(record) + "\n")
 
 # ---- results -------------------------------------------------------------------------------------
-def wilson(rate, n, z=1.96):
-    """95 % interval of a rate seen over n trials (Wilson, 1927)."""
+def wilson(rate, n, z=1.96):        # 95 % interval of a rate seen in n trials (Wilson, 1927)
     middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
@@ -556,25 +546,24 @@ def watch(cfg, model, text, x, y):
         now = model.task.predict(model.readout(h))[0].numpy()
         marks = np.where(now != before, "~", "=" if y is None else np.where(now == y, "+", "x"))
         before = now
-        print(f"\nloop {t}: residual {rest:.1e}\n" + model.task.show(x, now, lambda i, cell: (
+        print(f"\nloop {t}: {'at rest' if rest < cfg.tol else f'residual {rest:.1g}'}")
+        print(model.task.show(x, now, lambda i, cell: (
             f"\033[{colour[marks[i]]}m{cell}\033[0m" if tty else cell + marks[i])))
         if rest < cfg.tol:
             break
-    print("at rest:" if rest < cfg.tol else "still moving:",
-          model.task.answer(text or model.task.text(x), now))
+    print("\n" + model.task.answer(text or model.task.text(x), now))
 
 # ---- command line --------------------------------------------------------------------------------
 def parse(argv):
     """Command line -> {option: value} of the options that were given; unknown ones are refused."""
-    parser = data.Parser("looped.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                         description="Train and evaluate looped transformers; see looped.py's top.")
+    parser = data.Parser("looped.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         default = f.default if f.default is not None else "; ".join(
             f"{task} {own[f.name]}" for task, own in TASK_DEFAULTS.items() if f.name in own)
         choices = "|".join(filter(None, f.metadata["choices"])) or f.type.__name__
-        text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": choices}
-        parser.add_argument(f"--{f.name}", help=text, **kind)
+        kind["help"] = f"{f.metadata['help']} (default: {default})"
+        parser.add_argument(f"--{f.name}", **kind)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise LoopedError(f"{unknown[0]}: unknown option; --help lists them all")
@@ -601,11 +590,11 @@ def configure(given):
 
 def run(given):
     """Train, go on, evaluate or watch, as the options say."""
-    if "table" in given:
-        return table(given["table"])
     cfg, state = configure(given)
+    if cfg.table:
+        return table(cfg.table)
     torch.manual_seed(cfg.seed)
-    model, device, old = LoopedTransformer(cfg), torch.device(cfg.device), Path(cfg.resume)
+    model, old = LoopedTransformer(cfg).to(cfg.device), Path(cfg.resume)
     if cfg.watch and not state:
         raise LoopedError("--watch needs a trained model: --resume RUN")
     if cfg.watch and cfg.puzzle:
@@ -618,35 +607,32 @@ def run(given):
                cfg.out or f"out/{cfg.task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}")
     if not state and (out / "ckpt.pt").exists():
         raise LoopedError(f"{out} holds a run: --resume {out} goes on, --out DIR starts another")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise LoopedError(f"--out {out}: {e.strerror}; choose another folder") from None
+    out.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
-             "device": torch.cuda.get_device_name() if cfg.device == "cuda" else platform.machine(),
-             "threads": torch.get_num_threads(),
+             "chip": torch.cuda.get_device_name() if cfg.device == "cuda" else platform.machine(),
              "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
     log(out, facts | {"config": asdict(cfg)}, " ".join(f"{k}={v}" for k, v in asdict(cfg).items())
         + "\n" + " | ".join(f"{k} {v}" for k, v in facts.items()) + "\n"
         + model.task.show(sets["train"].x[0], sets["train"].y[0]))
     if cfg.device == "cpu" and not cfg.window and math.prod(model.task.grid) > 36:
         print("note: a CPU needs hours for this, a GPU minutes; a laptop: --task sudoku --side 4")
-    sets = {level: tuple(torch.as_tensor(t, dtype=torch.long, device=device) for t in (p.x, p.y))
+    sets = {level: tuple(torch.as_tensor(t, dtype=torch.long, device=cfg.device) for t in (p.x, p.y))
             for level, p in sets.items()}
-    model = model.to(device)
     if cfg.compile == "on":
         model.step = torch.compile(model.step, dynamic=False)
-    if not state or state["step"] < cfg.steps:
+    if unfinished := not state or state["step"] < cfg.steps:
         if not train(cfg, model, sets, out, state):
             return
-        state = read_checkpoint(out, device)[0]
+        state = read_checkpoint(out, cfg.device)[0]
     model.load_state_dict(state["best"])
     result = report(cfg, model.eval(), sets) | {
         "minutes": state["seconds"] / 60, "steps": state["step"], "parameters": facts["parameters"]}
+    print(f"trained {result['minutes']:.1f} min, evaluated {result['eval_minutes']:.1f} min: {out}")
+    if not unfinished and "out" not in given and (out / "eval.json").exists():
+        return print("the run's eval.json stays as it was; --out DIR saves this table")
     data.write_atomic(out / "eval.json", json.dumps(result, indent=1).encode())
     plot(result, cfg, out / "curve.png")
-    print(f"trained {result['minutes']:.1f} min, evaluated {result['eval_minutes']:.1f} min: {out}")
 
 def main(argv=None):
     try:
@@ -654,7 +640,7 @@ def main(argv=None):
     except data.DataError as e:
         code, message = 1 if isinstance(e, RunFailed) else 2, e
     except OSError as e:
-        code, message = 2, f"{e.filename or 'writing'}: {e.strerror}; what was saved before stays"
+        code, message = 2, f"{e.filename or 'writing'}: {e.strerror}; free it or give another --out"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; --resume goes on from what was saved"
     print(f"looped.py: {message}", file=sys.stderr)
