@@ -62,7 +62,7 @@ class Config:
     # training
     train: str = opt("carry", "which loss, see below", "carry", "progressive")
     loops: int = opt(None, "loops that a puzzle gets in training", low=1)
-    grad_loops: int = opt(4, "carry: loops per step, all with gradient", low=1)
+    grad_loops: int = opt(3, "carry: loops per step, all with gradient", low=1)
     steps: int = opt(None, "optimiser steps", low=1)
     batch: int = opt(None, "puzzles per step", low=1)
     lr: float = opt(1e-3, "learning rate after the warm-up", low=1e-9)
@@ -116,7 +116,7 @@ class Config:
 
 BOARD = dict(width=128, window=0, loops=30, steps=8000, batch=256, eval_loops=500)
 TASK_DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=20, steps=600, batch=100,
+    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=21, steps=800, batch=100,
                         eval_loops=500),
     "chess": BOARD | dict(n_train=16000, n_hard=500),
     "sudoku": BOARD | dict(n_train=40000, n_hard=1000),
@@ -484,7 +484,7 @@ def report(cfg, model, sets):
         print(f"{t:5} " + form.format(**result["easy"][t]) + form.format(**result["hard"][t]))
     for level in ("easy", "hard"):
         (x, y), rate = sets[level], {t: result[level][t]["exact"] for t in counts}
-        logits, used, rest = solve(model, x[:32], cfg.tol, 2 * last)
+        logits, used, rest = solve(model, x[:32], cfg.tol, last)
         right = (model.task.predict(logits) == y[:32]).all(-1)
         exact, loops, rest = (t.double().mean().item() for t in (right, used, rest))
         result["halting"][level] = {"exact": exact, "loops": loops, "settled": rest, "n": len(used)}
@@ -617,8 +617,8 @@ def run(given):
         + model.task.show(sets["train"].x[0], sets["train"].y[0]))
     if cfg.device == "cpu" and not cfg.window and math.prod(model.task.grid) > 36:
         print("note: a CPU needs hours for this, a GPU minutes; a laptop: --task sudoku --side 4")
-    sets = {level: tuple(torch.as_tensor(t, dtype=torch.long, device=cfg.device) for t in (p.x, p.y))
-            for level, p in sets.items()}
+    sets = {k: tuple(torch.as_tensor(t, dtype=torch.long, device=cfg.device) for t in (p.x, p.y))
+            for k, p in sets.items()}
     if cfg.compile == "on":
         model.step = torch.compile(model.step, dynamic=False)
     if unfinished := not state or state["step"] < cfg.steps:
