@@ -84,7 +84,7 @@ class Config:
     dtype: str = opt("auto", "autocast (auto: bf16 on cuda)", "auto", "fp32", "bf16")
     compile: str = opt("auto", "torch.compile the step (auto: on cuda)", "auto", "on", "off")
     minutes: float = opt(0.0, "stop training after so many minutes, resumably; 0 = no limit", low=0)
-    out: str = opt("", "folder of the run (default: out/ and a name made of the main options)")
+    out: str = opt("", "folder of the run; if empty, out/ and a name made of the main options")
     resume: str = opt("", "go on with a run (its folder); a finished one is evaluated again")
     preset: str = opt("", "paper: the authors' protocol; options given beside it win", "", "paper")
 
@@ -142,6 +142,7 @@ class RMSNorm(nn.Module):
 
 @torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)        # made during an evaluation, it may be used in training later
 def geometry(grid, window, head_dim, base, device, dtype):
     """What attention needs to know of positions; it depends on shapes alone, so it is made once.
     -> cos, sin [L, 1, 1, head_dim / 2]: n-D RoPE; the token at p on an axis turns pair j of that
@@ -279,8 +280,7 @@ def moved(new, old):
     """States [B, L, D] -> [B]: how far a puzzle moved, max over tokens of |new - old| / |old|."""
     return ((new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-30)).amax(-1)
 
-def chunk(x):
-    """How many of the puzzles x [N, L] fit the caches of a CPU, or the memory of a GPU."""
+def chunk(x):       # how many of the puzzles x [N, L] fit the caches of a CPU, or a GPU's memory
     return max(1, (4096 if x.device.type == "cpu" else 2 ** 19) // x.shape[1])
 
 @torch.inference_mode()
@@ -428,25 +428,25 @@ def train(cfg, model, sets, out, state=None, until=None):
             opt.step()
             opt.zero_grad()
             if cfg.ema:
-                with torch.no_grad():
-                    for a, p in zip(judged.parameters(), model.parameters()):
-                        a.lerp_(p, 1 - min(cfg.ema, done / (done + 10)))
+                for a, p in zip(judged.parameters(), model.parameters()):
+                    a.data.lerp_(p.data, 1 - min(cfg.ema, done / (done + 10)))
+            spent, ticks = spent + time.time() - tick, ticks + 1
             look = done % cfg.eval_every == 0 or done == cfg.steps
             stop = done < cfg.steps and (asked or done == until
                                          or 0 < 60 * cfg.minutes < time.time() - began)
-            if (look or stop) and not math.isfinite(loss.item()):
-                raise RunFailed(f"the loss is {loss.item()} at step {done}: lower --lr or raise "
-                                f"--warmup; the last good checkpoint stays in {out}")
-            spent, ticks = spent + time.time() - tick, ticks + 1
             if look:
-                val = evaluate(judged, *sets["val"], [cfg.loops])[cfg.loops]["exact"]
+                val = evaluate(judged, *sets["val"], [cfg.loops])[cfg.loops]
+            if (look or stop) and not math.isfinite(loss.item() + (val["residual"] if look else 0)):
+                raise RunFailed(f"step {done} is not finite (loss {loss.item():.3g}): lower --lr; "
+                                f"the last good checkpoint stays in {out}")
+            if look:
                 ms, spent, ticks, seconds = 1e3 * spent / ticks, 0, 0, seconds + spent
-                now = {"step": done, "loss": loss.item(), "exact": val, "norm": norm.item()}
+                now = dict(step=done, loss=loss.item(), exact=val["exact"], norm=norm.item())
                 log(out, now | {"lr": lr, "ms": ms}, "step {step:6d} | loss {loss:.4f} | val exact "
                     "{exact:.3f} | gradient norm {norm:7.3f} | ".format(**now) + f"lr {lr:.1e} | "
                     f"{ms:5.0f} ms a step | {data.clock(ms / 1e3 * (cfg.steps - done))} left")
-                if val >= best_val:     # the latest of the best; the hard set has no say
-                    best_val, best = val, None
+                if val["exact"] >= best_val:    # the latest of the best; the hard set has no say
+                    best_val, best = val["exact"], None
             if look or stop:
                 best = best or {k: v.detach().clone() for k, v in judged.state_dict().items()}
                 torch.save({"config": asdict(cfg), "best": best, "best_val": best_val, "step": done,
@@ -556,13 +556,14 @@ def watch(cfg, model, text, x, y):
 # ---- command line --------------------------------------------------------------------------------
 def parse(argv):
     """Command line -> {option: value} of the options that were given; unknown ones are refused."""
-    parser = data.Parser("looped.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = data.Parser("looped.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                         formatter_class=functools.partial(argparse.HelpFormatter, width=180))
     for f in fields(Config):
         default = f.default if f.default is not None else "; ".join(
             f"{task} {own[f.name]}" for task, own in TASK_DEFAULTS.items() if f.name in own)
-        choices = "|".join(filter(None, f.metadata["choices"])) or f.type.__name__
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": choices}
-        kind["help"] = f"{f.metadata['help']} (default: {default})"
+        choices = f" [{'|'.join(filter(None, f.metadata['choices']))}]".replace(" []", "")
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": "VALUE"}
+        kind["help"] = f"{f.metadata['help']}{choices} (default: {default})"
         parser.add_argument(f"--{f.name}", **kind)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -595,8 +596,6 @@ def run(given):
         return table(cfg.table)
     torch.manual_seed(cfg.seed)
     model, old = LoopedTransformer(cfg).to(cfg.device), Path(cfg.resume)
-    if cfg.watch and not state:
-        raise LoopedError("--watch needs a trained model: --resume RUN")
     if cfg.watch and cfg.puzzle:
         return watch(cfg, load(old)[0], cfg.puzzle, *model.task.parse(cfg.puzzle))
     sets = data.splits(model.task, cfg.seed, cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard,
@@ -608,10 +607,9 @@ def run(given):
     if not state and (out / "ckpt.pt").exists():
         raise LoopedError(f"{out} holds a run: --resume {out} goes on, --out DIR starts another")
     out.mkdir(parents=True, exist_ok=True)
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
              "chip": torch.cuda.get_device_name() if cfg.device == "cuda" else platform.machine(),
-             "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
+             "commit": subprocess.getoutput(f'git -C "{Path(__file__).parent}" log -1 --format=%h 2>&-')}
     log(out, facts | {"config": asdict(cfg)}, " ".join(f"{k}={v}" for k, v in asdict(cfg).items())
         + "\n" + " | ".join(f"{k} {v}" for k, v in facts.items()) + "\n"
         + model.task.show(sets["train"].x[0], sets["train"].y[0]))
@@ -622,6 +620,8 @@ def run(given):
     if cfg.compile == "on":
         model.step = torch.compile(model.step, dynamic=False)
     if unfinished := not state or state["step"] < cfg.steps:
+        if state and "optimizer" not in state:
+            raise LoopedError(f"{old}: weights only, training cannot go on from them")
         if not train(cfg, model, sets, out, state):
             return
         state = read_checkpoint(out, cfg.device)[0]
