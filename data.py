@@ -7,8 +7,8 @@
 A puzzle is a row x of L token ids with a row y of L labels; an answer counts when all L are right.
 Puzzles are made offline from a seed and proven, none comes from a fixed list. There are two levels:
 easy (training, validation, one test) and hard (the other test). Prefix sums: 32 and 512 bits.
-Boards (sudoku with one solution, chess mates in one and two with one solving move): rating = how far
-an exhaustive search looked; hard = at or above the ratings' 80 % quantile. `path` reads files.
+Boards (sudoku with one solution, chess mates in one and two with one solving move): rating = how
+far an exhaustive search looked; hard = at or above the ratings' 80 % quantile. `path` reads files.
 """
 import argparse, bz2, csv, gzip, hashlib, io, itertools, os, random, signal, sys, time  # noqa: E401
 import zipfile, zlib  # noqa: E401
@@ -531,11 +531,11 @@ def game(rng):
             yield board
 
 def placement(rng):
-    """One position: on random squares White's king with 5 to 10 pieces, Black's with 3 to 10."""
+    """One position: on random squares White's king with 6 to 10 pieces, Black's with 2 to 8."""
     army = [chess.PAWN] * 8 + [chess.KNIGHT, chess.BISHOP, chess.ROOK] * 2 + [chess.QUEEN]
-    board, squares = chess.Board(None), rng.sample(chess.SQUARES, 22)
-    for color, least in (chess.WHITE, 5), (chess.BLACK, 3):
-        for piece in [chess.KING] + rng.sample(army, rng.randint(least, 10)):
+    board, squares = chess.Board(None), rng.sample(chess.SQUARES, 20)
+    for color, least, most in (chess.WHITE, 6, 10), (chess.BLACK, 2, 8):
+        for piece in [chess.KING] + rng.sample(army, rng.randint(least, most)):
             square = squares.pop()
             if piece != chess.PAWN or 8 <= square < 56:
                 board.set_piece_at(square, chess.Piece(piece, color))

@@ -16,7 +16,7 @@ differs   truncated gradient from a carried state (the paper's loss: --train pro
           token before the bits, QK-norm before RoPE.
 """
 import argparse, copy, functools, glob, io, json, math, platform  # noqa: E401
-import re, signal, subprocess, sys, time  # noqa: E401
+import re, shlex, signal, subprocess, sys, time  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -27,10 +27,8 @@ import torch.nn.functional as F
 import data
 
 # ---- config: the only place of options; the command line is made from it -------------------------
-class LoopedError(data.DataError):
-    """A request that cannot be met: one line that names the thing and what to do. Exit code 2."""
-class RunFailed(LoopedError):
-    """Work that was begun and failed, as one line. Exit code 1."""
+class LoopedError(data.DataError): """A request that cannot be met, in one line. Exit code 2."""
+class RunFailed(LoopedError): """Work that was begun and failed, in one line. Exit code 1."""
 
 def opt(default, help, *choices, low=None):
     return field(default=default, metadata={"help": help, "choices": choices, "low": low})
@@ -97,8 +95,9 @@ class Config:
             if choices and value not in choices:
                 raise LoopedError(f"--{f.name} {value}: unknown; choose one of "
                                   + ", ".join(filter(None, choices)))
-            if low is not None and not low <= value < (top := 1 if f.name == "ema" else math.inf):
-                raise LoopedError(f"--{f.name} {value}: must be at least {low} and below {top}")
+            top = 1 if f.name == "ema" else 2 ** 63 if f.type is int else math.inf
+            if low is not None and not low <= value < top:
+                raise LoopedError(f"--{f.name} {value}: must be at least {low} and less than {top}")
         grid, head_dim = self.make_task().grid, self.width // self.heads
         if self.width % self.heads:
             raise LoopedError(f"--heads {self.heads} does not divide --width {self.width}")
@@ -106,8 +105,7 @@ class Config:
             raise LoopedError(f"--width {self.width} --heads {self.heads}: {head_dim} a head; "
                               f"RoPE on {len(grid)} axes needs a multiple of {2 * len(grid)}")
         if self.window and (self.window % 2 == 0 or self.window > math.prod(grid)):
-            raise LoopedError(f"--window {self.window}: must be odd and at most {math.prod(grid)}, "
-                              "the tokens of a puzzle; or 0 for full attention")
+            raise LoopedError(f"--window {self.window}: odd, at most {math.prod(grid)}, or 0")
         self.grad_loops = min(self.grad_loops, self.loops)
 
     def make_task(self):
@@ -122,9 +120,8 @@ TASK_DEFAULTS = {
     "sudoku": BOARD | dict(n_train=40000, n_hard=1000),
     "sudoku 4": dict(n_train=20000, n_hard=256, width=64, loops=16, steps=600, eval_loops=64),
     "sudoku 6": dict(n_train=20000, n_hard=256, width=64, steps=1500, batch=64, eval_loops=128)}
-# the official protocol: 100 epochs of 8,000 strings or 40,000 boards, 500 a step
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e-4, decay="step",
-             warmup=160, steps=1600, eval_loops=500, start="off")
+             warmup=160, steps=1600, eval_loops=500, start="off")   # 100 epochs
 PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=10000, n_hard=10000)
 RESUMABLE = set("steps hard_bits n_test n_hard lr clip eval_loops eval_every tol device dtype "
                 "compile minutes out resume watch puzzle table preset".split())    # may change
@@ -305,7 +302,6 @@ def evaluate(model, x, y, loops, progress=lambda done, total: None):
             for k, behind in ((2, t - 1), (3, t - 2)):
                 if behind in past:
                     total[behind][k] += moved(h, past[behind]).sum().cpu()
-            past.pop(t - 2, None)
         progress(min(done * size, len(x)), len(x))
     return {t: dict(zip(("exact", "token", "residual", "residual2", "norm_ratio"),
                         (total[t] / len(x)).tolist())) for t in loops}
@@ -366,7 +362,7 @@ def read_checkpoint(path, device="cpu"):
     """A run's folder or its ckpt.pt -> state, model with its best weights. Raises LoopedError."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise LoopedError(f"{path}: no such checkpoint; give a run's folder or its ckpt.pt")
+        raise LoopedError(f"{path}: no checkpoint to resume; give a run's folder or its ckpt.pt")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         model = LoopedTransformer(Config(**state["config"])).to(device)
@@ -403,9 +399,8 @@ def train(cfg, model, sets, out, state=None, until=None):
     past = state or {"step": 0, "seconds": 0.0, "best": None, "best_val": -1.0, "carry": None}
     seconds, best, best_val, carry = (past[k] for k in ("seconds", "best", "best_val", "carry"))
     if state:
-        model.load_state_dict(state["model"])
-        judged.load_state_dict(state["average"])
-        opt.load_state_dict(state["optimizer"])
+        for part, key in ((model, "model"), (judged, "average"), (opt, "optimizer")):
+            part.load_state_dict(state[key])
         rng.set_state(state["rng"].cpu())
     elif cfg.train == "carry":
         x, y = fresh()
@@ -455,7 +450,8 @@ def train(cfg, model, sets, out, state=None, until=None):
                             "rng": rng.get_state()}, buffer := io.BytesIO())
                 data.write_atomic(out / "ckpt.pt", buffer.getvalue())
             if stop:
-                print(f"stopped after step {done}; go on with: python looped.py --resume {out}")
+                print(f"stopped after step {done}; go on with: "
+                      f"python looped.py --resume {shlex.quote(str(out))}")
                 return False
         return True
     finally:
@@ -572,7 +568,7 @@ def parse(argv):
 
 def configure(given):
     """The options that were given -> Config, checkpoint to go on from or None; settles "auto"."""
-    state = read_checkpoint(given["resume"])[0] if given.get("resume") else None
+    state = read_checkpoint(given["resume"])[0] if "resume" in given else None
     preset = PAPER if given.get("task", "prefix_sums") == "prefix_sums" else PAPER_BOARD
     base = state["config"] if state else preset if given.get("preset") == "paper" else {}
     cfg = Config(**base | given)
@@ -594,6 +590,8 @@ def run(given):
     cfg, state = configure(given)
     if cfg.table:
         return table(cfg.table)
+    if cfg.watch and not state:
+        raise LoopedError("--watch needs a trained model: --resume RUN")
     torch.manual_seed(cfg.seed)
     model, old = LoopedTransformer(cfg).to(cfg.device), Path(cfg.resume)
     if cfg.watch and cfg.puzzle:
@@ -602,14 +600,16 @@ def run(given):
                        cfg.data or None)
     if cfg.watch:
         return watch(cfg, load(old)[0], "", sets["hard"].x[0], sets["hard"].y[0])
-    out = Path(given.get("out") or (old if old.is_dir() else old.parent) if state else
-               cfg.out or f"out/{cfg.task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}")
-    if not state and (out / "ckpt.pt").exists():
+    home = old if old.is_dir() else old.parent
+    out = Path(given.get("out") or (home if state else
+               f"out/{cfg.task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}"))
+    if (out / "ckpt.pt").exists() and not (state and out.samefile(home)):
         raise LoopedError(f"{out} holds a run: --resume {out} goes on, --out DIR starts another")
     out.mkdir(parents=True, exist_ok=True)
+    git = f"git -C {Path(__file__).parent} log -1 --format=%h 2>&-"
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
              "chip": torch.cuda.get_device_name() if cfg.device == "cuda" else platform.machine(),
-             "commit": subprocess.getoutput(f'git -C "{Path(__file__).parent}" log -1 --format=%h 2>&-')}
+             "commit": subprocess.getoutput(git)}
     log(out, facts | {"config": asdict(cfg)}, " ".join(f"{k}={v}" for k, v in asdict(cfg).items())
         + "\n" + " | ".join(f"{k} {v}" for k, v in facts.items()) + "\n"
         + model.task.show(sets["train"].x[0], sets["train"].y[0]))
