@@ -513,7 +513,7 @@ def table(pattern):
         try:
             r = json.loads(path.read_text())
             easy, hard = (list(r[level].values())[-1] for level in ("easy", "hard"))
-            rows.setdefault(re.sub(r"-?seed\d+$", "", path.parent.name), []).append(
+            rows.setdefault(re.sub(r"-?seed\d+$", "", path.parent.name) or "all", []).append(
                 [easy["exact"], hard["exact"], hard["residual"], hard["norm_ratio"], r["minutes"]])
         except (ValueError, LookupError, TypeError, AttributeError):
             raise LoopedError(f"{path}: not an eval.json of looped.py") from None
@@ -618,16 +618,16 @@ def run(given):
     sets = {k: tuple(torch.as_tensor(t, dtype=torch.long, device=cfg.device) for t in (p.x, p.y))
             for k, p in sets.items()}
     if cfg.compile == "on":
-        model.step = torch.compile(model.step, dynamic=False)
-    if unfinished := not state or state["step"] < cfg.steps:
+        LoopedTransformer.step = torch.compile(LoopedTransformer.step, dynamic=False)
+    if unfinished := not state or state.get("step", 0) < cfg.steps:
         if state and "optimizer" not in state:
             raise LoopedError(f"{old}: weights only, training cannot go on from them")
         if not train(cfg, model, sets, out, state):
             return
         state = read_checkpoint(out, cfg.device)[0]
     model.load_state_dict(state["best"])
-    result = report(cfg, model.eval(), sets) | {
-        "minutes": state["seconds"] / 60, "steps": state["step"], "parameters": facts["parameters"]}
+    result = report(cfg, model.eval(), sets) | {"parameters": facts["parameters"], "steps":
+             state.get("step"), "minutes": state.get("seconds", 0) / 60}
     print(f"trained {result['minutes']:.1f} min, evaluated {result['eval_minutes']:.1f} min: {out}")
     if not unfinished and "out" not in given and (out / "eval.json").exists():
         return print("the run's eval.json stays as it was; --out DIR saves this table")
