@@ -132,7 +132,6 @@ class RMSNorm(nn.Module):
     def __init__(self, *shape):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(shape))
-
     def forward(self, u):
         u = u.float() if u.dtype == torch.bfloat16 else u
         return u * (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
@@ -499,10 +498,11 @@ def plot(result, cfg, path):
     axis = (figure := Figure(figsize=(6, 3.6))).subplots()
     axis.axvspan(1, cfg.loops, color="0.92", label="loops in training")
     for level, style in (("easy", "C0o-"), ("hard", "C1s-")):
-        exact = [row["exact"] for row in result[level].values()]
-        axis.plot(list(result[level]), exact, style, label=level)
-    axis.set(xscale="log", xlabel="loops", ylabel="solved exactly", ylim=(-0.03, 1.03))
-    axis.legend(frameon=False, title=f"{cfg.task}, {cfg.recall} recall, {cfg.norm} norm")
+        loops, exact = zip(*((t, row["exact"]) for t, row in result[level].items()))
+        axis.plot(loops, exact, style, label=level)
+    axis.set(xscale="log", xlabel="loops", xticks=loops, xticklabels=loops, ylabel="solved exactly",
+             title=f"{cfg.task}, {cfg.recall} recall, {cfg.norm} norm")
+    axis.legend(frameon=False, loc="center left")
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=120, bbox_inches="tight")
     data.write_atomic(path, buffer.getvalue())
 
