@@ -734,14 +734,14 @@ def canvas(folder, name, rows, columns, width, height):
 def figures(folder, seed, runs):
     """Writes regions, drift, staircase and spectrum (of the runs, or of new weights) as .png."""
     colours = "#0072B2", "#E69F00", "#009E73", "#CC79A7"        # colour-blind safe
-    side = torch.linspace(-4, 4, 121, dtype=torch.float64)
+    side = torch.linspace(-4, 4, 160, dtype=torch.float64)
     y, x = (t.flatten() for t in torch.meshgrid(side, side, indexing="ij"))
     with canvas(folder, "regions", 2, 2, 7, 6.8) as axes:
         axes[0, 0].figure.suptitle("blue: a fixed point is reached; orange: predicted edge")
         for i, axis in enumerate(axes.flat):
             recall, norm = RECALLS[2 - i % 2], NORMS[i // 2 * 2]
             a, b = scalar_loop(recall, x, y)
-            hit, edge = (t.view(121, 121) for t in (reached(a, b, norm, seed), settles(a, b, norm)))
+            hit, edge = (t.view(160, 160) for t in (reached(a, b, norm, seed), settles(a, b, norm)))
             axis.pcolormesh(side, side, hit, cmap="Blues", vmax=2)
             axis.contour(side, side, edge, [0.5], colors="#D55E00", linewidths=1)
             axis.set(title=f"{recall} recall, {'outer' if i > 1 else 'no'} norm", aspect="equal",
