@@ -7,7 +7,7 @@ of "Stability and Generalization in Looped Transformers" (arXiv 2604.15259); ind
 
     python looped.py --task prefix_sums --recall internal    # laptop: train on 32 bits, solve 512
     python looped.py --task sudoku --side 4                  # laptop: easy boards, then harder ones
-    python looped.py --task sudoku --preset paper            # GPU: the authors' protocol
+    python looped.py --task chess --preset paper             # GPU: the authors' protocol
 
 letters   x token ids [B, L]   y labels [B, L]   e embedded input [B, L, D]   h state [B, L, D]
           B batch, L tokens, D width, H heads    N(u) = g * u / rms(u) for each token, g learned
@@ -15,8 +15,8 @@ letters   x token ids [B, L]   y labels [B, L]   e embedded input [B, L, D]   h 
 differs   truncated gradient from a carried state (the paper's loss: --train progressive), a start
           token before the bits, QK-norm before RoPE.
 """
-import argparse, copy, functools, glob, io, json, math, platform  # noqa: E401
-import re, shlex, signal, subprocess, sys, time  # noqa: E401
+import argparse, copy, functools, glob, io, itertools, json, math, platform  # noqa: E401
+import os, re, shlex, signal, subprocess, sys, time  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -25,11 +25,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import data
-
+RANK, WORLD = (int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
 # ---- config: the only place of options; the command line is made from it -------------------------
 class LoopedError(data.DataError): """A request that cannot be met, in one line. Exit code 2."""
 class RunFailed(LoopedError): """Work that was begun and failed, in one line. Exit code 1."""
 
+def refuse(*cases):
+    for wrong, message in cases:
+        if wrong:
+            raise LoopedError(message)
 def opt(default, help, *choices, low=None):
     return field(default=default, metadata={"help": help, "choices": choices, "low": low})
 
@@ -39,8 +43,8 @@ class Config:
     # task
     task: str = opt("prefix_sums", "what to solve", *data.TASKS)
     data: str = opt("", "puzzles from FILE or TRAIN,TEST instead of generated ones")
-    bits: int = opt(32, "prefix sums: length of the easy strings, those trained on")
-    hard_bits: int = opt(512, "prefix sums: length of the hard strings")
+    bits: int = opt(32, "prefix sums: length of the easy strings, those trained on", low=1)
+    hard_bits: int = opt(512, "prefix sums: length of the hard strings", low=1)
     start: str = opt("on", "prefix sums: a start token before the bits, see data.py", "on", "off")
     side: int = opt(9, "sudoku: side of the board: 9, 6 or 4")
     n_train: int = opt(None, "puzzles to train on", low=1)
@@ -59,7 +63,7 @@ class Config:
     embed_rms: float = opt(0.65, "root mean square of the embedding at the start", low=1e-9)
     # training
     train: str = opt("carry", "which loss, see below", "carry", "progressive")
-    loops: int = opt(None, "loops that a puzzle gets in training", low=1)
+    loops: int = opt(None, "loops that a puzzle gets in training (carry: in whole steps)", low=1)
     grad_loops: int = opt(3, "carry: loops per step, all with gradient", low=1)
     steps: int = opt(None, "optimiser steps", low=1)
     batch: int = opt(None, "puzzles per step", low=1)
@@ -75,7 +79,7 @@ class Config:
     tol: float = opt(1e-3, "a puzzle is at rest when its residual falls below this", low=1e-9)
     watch: bool = opt(False, "with --resume: print the prediction for one puzzle, loop by loop")
     puzzle: str = opt("", "the puzzle to watch: bits, a board with . for blanks, or a FEN")
-    table: str = opt("", "print the table of finished runs, e.g. 'out/*', and do nothing else")
+    table: str = opt("", "print a table of finished runs, say 'out/*'; with --out, plot it there")
     # system
     seed: int = opt(0, "of data, weights and batches", low=0)
     device: str = opt("auto", "where to compute", "auto", "cuda", "mps", "cpu")
@@ -92,20 +96,16 @@ class Config:
             if getattr(self, f.name) is None:
                 setattr(self, f.name, (own | small).get(f.name))
             value, choices, low = getattr(self, f.name), f.metadata["choices"], f.metadata["low"]
-            if choices and value not in choices:
-                raise LoopedError(f"--{f.name} {value}: unknown; choose one of "
-                                  + ", ".join(filter(None, choices)))
-            top = 1 if f.name == "ema" else 2 ** 63 if f.type is int else math.inf
-            if low is not None and not low <= value < top:
-                raise LoopedError(f"--{f.name} {value}: must be at least {low} and less than {top}")
+            top = {"ema": 1, "seed": 2 ** 63}.get(f.name, 10 ** 8 if f.type is int else math.inf)
+            refuse((choices and value not in choices, f"--{f.name} {value}: unknown; choose one of "
+                    + ", ".join(filter(None, choices))),
+                   (low is not None and not low <= value < top,
+                    f"--{f.name} {value}: must be at least {low} and less than {top}"))
         grid, head_dim = self.make_task().grid, self.width // self.heads
-        if self.width % self.heads:
-            raise LoopedError(f"--heads {self.heads} does not divide --width {self.width}")
-        if head_dim % (2 * len(grid)):
-            raise LoopedError(f"--width {self.width} --heads {self.heads}: {head_dim} a head; "
-                              f"RoPE on {len(grid)} axes needs a multiple of {2 * len(grid)}")
-        if self.window and (self.window % 2 == 0 or self.window > math.prod(grid)):
-            raise LoopedError(f"--window {self.window}: odd, at most {math.prod(grid)}, or 0")
+        refuse((self.width % self.heads or head_dim % (2 * len(grid)), f"--width {self.width} "
+                f"--heads {self.heads}: RoPE needs a multiple of {2 * len(grid)} channels a head"),
+               (self.window and (self.window % 2 == 0 or self.window > math.prod(grid)),
+                f"--window {self.window}: odd, at most {math.prod(grid)}, or 0"))
         self.grad_loops = min(self.grad_loops, self.loops)
 
     def make_task(self):
@@ -125,7 +125,6 @@ PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e
 PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=10000, n_hard=10000)
 RESUMABLE = set("steps hard_bits n_test n_hard lr clip eval_loops eval_every tol device dtype "
                 "compile minutes out resume watch puzzle table preset".split())    # may change
-
 # ---- the parts: norm, rotary positions, attention ------------------------------------------------
 class RMSNorm(nn.Module):
     """N(u) = g * u / rms(u) over the last axis; in fp32 (or fp64), also under autocast."""
@@ -136,7 +135,6 @@ class RMSNorm(nn.Module):
         u = u.float() if u.dtype == torch.bfloat16 else u
         return u * (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
 
-@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)        # made during an evaluation, it may be used in training later
 def geometry(grid, window, head_dim, base, device, dtype):
@@ -144,7 +142,7 @@ def geometry(grid, window, head_dim, base, device, dtype):
     -> cos, sin [L, 1, 1, head_dim / 2]: n-D RoPE; the token at p on an axis turns pair j of that
     axis by p * base^(-j / k), k = head_dim / (2 * axes). -> queries [n, C], keys [n, K], mask
     [n, 1, C, K]: windowed attention in n chunks of C queries, with the K = C + window - 1 keys that
-    their windows cover: O(L) work; None for full attention.
+    their windows cover: O(L) work; no queries and keys for a single chunk, no mask without window.
     """
     L, k = math.prod(grid), head_dim // (2 * len(grid))
     freq = base ** (-torch.arange(k, dtype=torch.float64) / k)
@@ -159,7 +157,12 @@ def geometry(grid, window, head_dim, base, device, dtype):
     keys = first[:, :1] + torch.arange(min(C + window - 1, L))
     seen = (keys[:, None] >= first[..., None]) & (keys[:, None] < first[..., None] + window)
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -math.inf)[:, None]
+    if len(queries) == 1:
+        return *rope, None, None, mask.to(device)
     return *rope, queries.to(device), keys.clamp(max=L - 1).to(device), mask.to(device)
+
+@torch.compiler.assume_constant_result      # torch.compile ignores the cache and would make it anew
+def positions(*key): return geometry(*key)
 
 class Attention(nn.Module):
     """Multi-head self-attention, full or windowed, with QK-RMSNorm and then RoPE (so: relative)."""
@@ -169,28 +172,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.qk_norm = RMSNorm(2, 1, width // heads)
         self.out = nn.Linear(width, width)
-
     def forward(self, u):
         B, L, D = u.shape
         grid = self.grid if len(self.grid) > 1 else (L,)    # strings may be longer than in training
-        cos, sin, queries, keys, mask = geometry(grid, self.window, D // self.heads, self.rope_base,
-                                                 u.device, self.qk_norm.weight.dtype)
+        cos, sin, queries, keys, mask = positions(
+            grid, self.window, D // self.heads, self.rope_base, u.device, self.qk_norm.weight.dtype)
         qkv = self.qkv(u).view(B, L, 3, self.heads, -1)                     # [B, L, 3, H, D/H]
         a, b = self.qk_norm(qkv[:, :, :2]).chunk(2, -1)
         qk = torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(qkv.dtype)
         q, k, v = *qk.unbind(2), qkv[:, :, 2]
         if queries is None:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))                # [B, H, L, D/H]
-            o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            q, k, v = (t[:, None] for t in (q, k, v))
         else:
-            if len(queries) == 1:
-                q, k, v = (t[:, None] for t in (q, k, v))
-            else:
-                q, k, v = (t.index_select(1, i.flatten()).unflatten(1, i.shape)
-                           for t, i in ((q, queries), (k, keys), (v, keys)))
-            q, k, v = (t.transpose(2, 3) for t in (q, k, v))                # [B, n, H, C|K, D/H]
-            p = (q @ k.mT * (D // self.heads) ** -0.5 + mask).softmax(-1)   # [B, n, H, C, K]
-            o = (p.to(v.dtype) @ v).transpose(2, 3).flatten(1, 2)[:, :L]
+            q, k, v = (t.index_select(1, i.flatten()).unflatten(1, i.shape)
+                       for t, i in ((q, queries), (k, keys), (v, keys)))
+        q, k, v = (t.transpose(2, 3) for t in (q, k, v))                    # [B, n, H, C|K, D/H]
+        o = F.scaled_dot_product_attention(q, k, v, mask).transpose(2, 3).flatten(1, 2)[:, :L]
         return self.out(o.reshape(B, L, D))
 
 class Block(nn.Module):
@@ -210,7 +207,6 @@ class Block(nn.Module):
             nn.init.orthogonal_(self.gru.weight_hh)
             for bias in (self.gru.bias_ih, self.gru.bias_hh):   # update gate 1 + 1: keep most of h
                 bias.data = torch.tensor([0.0, 1.0, 0.0]).repeat_interleave(D)
-
 # ---- the looped transformer ----------------------------------------------------------------------
 class LoopedTransformer(nn.Module):
     """h_0 = e;  h_{t+1} = step(h_t, W_e e);  logits = readout(h_K) after K loops."""
@@ -228,15 +224,12 @@ class LoopedTransformer(nn.Module):
             self.table.weight *= cfg.embed_rms / self.table.weight.square().mean().sqrt()
             if cfg.recall != "none" and cfg.inject == "linear":
                 self.W_e.weight *= cfg.recall_gain
-
     def embed(self, x):
         """x [B, L] int -> e [B, L, D]."""
         return self.table(x)
-
     def recall(self, e):
         """e [B, L, D] -> r [B, L, D], the part of recall that no loop changes; or None."""
         return None if self.cfg.recall == "none" else self.W_e(e)
-
     def step(self, h, r):
         """One turn of the loop, h [B, L, D], r from recall() -> h: recall and norm are here."""
         recall, norm = self.cfg.recall, self.cfg.norm
@@ -257,11 +250,9 @@ class LoopedTransformer(nn.Module):
                 else:
                     h = block.norm_out(h + f)               # N(h + F(h)); sandwich N(h + F(N(h)))
         return h
-
     def readout(self, h):
         """h [B, L, D] -> logits [B, L, classes]."""
         return self.head(h)
-
     def forward(self, x, loops, h=None):
         """x [B, L], state h (default: h_0 = e) -> logits [B, L, classes], h after `loops` loops."""
         e = self.embed(x)
@@ -270,12 +261,10 @@ class LoopedTransformer(nn.Module):
         for _ in range(loops):
             h = self.step(h, r)
         return self.readout(h), h
-
 # ---- evaluation: accuracy against loops, and halting when the state has come to rest -------------
 def moved(new, old):
     """States [B, L, D] -> [B]: how far a puzzle moved, max over tokens of |new - old| / |old|."""
     return ((new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-30)).amax(-1)
-
 def chunk(x):       # how many of the puzzles x [N, L] fit the caches of a CPU, or a GPU's memory
     return max(1, (4096 if x.device.type == "cpu" else 2 ** 19) // x.shape[1])
 
@@ -286,6 +275,7 @@ def evaluate(model, x, y, loops, progress=lambda done, total: None):
         "residual": max over tokens of |h_{t+1} - h_t| / |h_t|, mean over puzzles; "residual2": the
         same for h_{t+2} (small where residual is not: a two-cycle); "norm_ratio": |h_t| / |h_1|}}
     """
+    refuse((min(loops) < 1, f"loop counts start at 1, not {min(loops)}"))
     total, size = {t: torch.zeros(5, dtype=torch.float64) for t in loops}, chunk(x)
     for done, (xb, yb) in enumerate(zip(x.split(size), y.split(size)), 1):
         h = model.embed(xb)
@@ -305,10 +295,10 @@ def evaluate(model, x, y, loops, progress=lambda done, total: None):
     return {t: dict(zip(("exact", "token", "residual", "residual2", "norm_ratio"),
                         (total[t] / len(x)).tolist())) for t in loops}
 
+@torch.compiler.set_stance("force_eager")   # the shapes shrink: not worth compiling again and again
 @torch.inference_mode()
 def solve(model, x, tol=1e-3, max_loops=2000):
-    """Adaptive halting: each puzzle of x [N, L] loops until its state moves less than tol a loop
-    (a slow wave still moves the tokens at its front, so a puzzle at rest is a puzzle that is done).
+    """Adaptive halting: each puzzle of x [N, L] loops until none of its tokens moves more than tol.
     -> logits [N, L, classes], loops used [N], settled [N] (False: max_loops was not enough).
     """
     results = []
@@ -326,15 +316,14 @@ def solve(model, x, tol=1e-3, max_loops=2000):
                 break
         results.append((model.readout(h), used, settled))
     return tuple(torch.cat(column) for column in zip(*results))
-
 # ---- training: two losses ------------------------------------------------------------------------
 def carry_loss(model, cfg, carry, fresh):
     """The default. A puzzle gets cfg.loops loops, a few of them a step: its state is carried over.
     Each step starts from the states that the last step left, detached, and runs `grad_loops` loops
     with gradient. Allowed because what counts is the fixed point: near it h hardly depends on the
-    path, so a state made with slightly older weights is as good a start as a new one, and a short
-    gradient is close to the full one (its terms shrink like rho(dh'/dh)^t). Ages are staggered: a
-    batch holds all stages of solving. A puzzle whose loops are used up makes way for a fresh one.
+    path, so a state of slightly older weights is as good a start as a new one, and a short gradient
+    is close to the full one (terms shrink like rho(dh'/dh)^t). A batch holds puzzles of all ages;
+    one whose loops are used up makes way for a fresh one.
     carry {"x", "y" [B, L], "h" [B, L, D], "age" [B]}; fresh x, y [B, L] -> loss, new carry.
     """
     over = carry["age"] >= cfg.loops
@@ -355,21 +344,18 @@ def progressive_loss(model, cfg, x, y, rng):
         h = model(x, n)[1] if n else None       # n = 0: h_0 = e keeps its gradient
     logits, _ = model(x, k, h)
     return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
-
 # ---- checkpoints and the training loop -----------------------------------------------------------
 def read_checkpoint(path, device="cpu"):
     """A run's folder or its ckpt.pt -> state, model with its best weights. Raises LoopedError."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise LoopedError(f"{path}: no checkpoint to resume; give a run's folder or its ckpt.pt")
+    refuse((not path.is_file(), f"{path}: no checkpoint to resume; give a run's folder"))
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         model = LoopedTransformer(Config(**state["config"])).to(device)
         model.load_state_dict(state["best"])
     except Exception as e:      # torch raises a dozen kinds for truncated and foreign files
-        raise LoopedError(f"{path}: broken or not of looped.py ({type(e).__name__})") from None
+        raise LoopedError(f"{path}: broken or not of looped.py ({repr(e):.80})") from None
     return state, model.eval()
-
 def load(path, device="cpu"):
     """A run's folder or checkpoint -> (model, cfg), with the weights that the run is judged by."""
     return (model := read_checkpoint(path, device)[1]), model.cfg
@@ -381,30 +367,27 @@ def learning_rate(cfg, step):
                      (1 - math.exp(-ramp)) * 0.1 ** (share >= 0.6))
 
 def train(cfg, model, sets, out, state=None, until=None):
-    """Train `model` on sets["train"], saving out/ckpt.pt; state: a checkpoint to go on from.
-    -> True if finished, False if stopped before (`until` steps, cfg.minutes, Ctrl-C). A checkpoint
-    holds all that the next step depends on: on a CPU a run cut in two is bit for bit the run in one
-    go. Raises RunFailed when the loss is not finite.
-    """
+    """Train on sets["train"], saving out/ckpt.pt; state: a checkpoint to go on from, on a CPU bit
+    for bit. -> False if stopped (`until` steps, minutes, Ctrl-C). RunFailed: loss not finite."""
     (x_all, y_all), device, began = sets["train"], sets["train"][0].device, time.time()
+    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda"
     rng = torch.Generator(device).manual_seed(cfg.seed)
     judged = copy.deepcopy(model) if cfg.ema else model     # the moving average, if there is one
     opt = torch.optim.AdamW([{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix],
                               "weight_decay": cfg.weight_decay * matrix} for matrix in (1, 0)],
                             fused=device.type != "mps")
-    def fresh():
+    def fresh():        # each of torchrun's processes takes its slice of the same batch
         pick = torch.randint(len(x_all), (cfg.batch,), generator=rng, device=device)
-        return model.task.augment(x_all[pick], y_all[pick], rng)
+        return [t[RANK::WORLD] for t in model.task.augment(x_all[pick], y_all[pick], rng)]
     past = state or {"step": 0, "seconds": 0.0, "best": None, "best_val": -1.0, "carry": None}
     seconds, best, best_val, carry = (past[k] for k in ("seconds", "best", "best_val", "carry"))
     if state:
         for part, key in ((model, "model"), (judged, "average"), (opt, "optimizer")):
             part.load_state_dict(state[key])
         rng.set_state(state["rng"].cpu())
-    elif cfg.train == "carry":
-        x, y = fresh()
-        carry = {"x": x, "y": y, "h": model.embed(x).detach(),
-                 "age": torch.arange(cfg.batch, device=device) * cfg.loops // cfg.batch}
+    if cfg.train == "carry" and (not carry or WORLD > 1):   # several processes start fresh puzzles
+        (x, y), age = fresh(), torch.arange(RANK, cfg.batch, WORLD, device=device)
+        carry = {"x": x, "y": y, "h": model.embed(x).detach(), "age": age * cfg.loops // cfg.batch}
     spent, ticks, asked = 0, 0, []
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: asked.append(True))    # ends after its step
     try:
@@ -412,12 +395,19 @@ def train(cfg, model, sets, out, state=None, until=None):
             tick, lr = time.time(), learning_rate(cfg, done - 1)
             for group in opt.param_groups:
                 group["lr"] = lr
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 if cfg.train == "carry":
                     loss, carry = carry_loss(model, cfg, carry, fresh())
                 else:
                     loss = progressive_loss(model, cfg, *fresh(), rng)
             loss.backward()
+            if done == until or 0 < 60 * cfg.minutes < time.time() - began:
+                asked.append(True)
+            if WORLD > 1:       # DistributedDataParallel in short; one asked to stop stops all
+                loss, stop = loss.detach(), loss.new_full((), len(asked))
+                for t in [p.grad for p in model.parameters() if p.grad is not None] + [loss, stop]:
+                    torch.distributed.all_reduce(t.div_(WORLD))
+                asked = [True] * int(stop > 0)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             opt.step()
             opt.zero_grad()
@@ -426,8 +416,7 @@ def train(cfg, model, sets, out, state=None, until=None):
                     a.data.lerp_(p.data, 1 - min(cfg.ema, done / (done + 10)))
             spent, ticks = spent + time.time() - tick, ticks + 1
             look = done % cfg.eval_every == 0 or done == cfg.steps
-            stop = done < cfg.steps and (asked or done == until
-                                         or 0 < 60 * cfg.minutes < time.time() - began)
+            stop = asked and done < cfg.steps
             if look:
                 val = evaluate(judged, *sets["val"], [cfg.loops])[cfg.loops]
             if (look or stop) and not math.isfinite(loss.item() + (val["residual"] if look else 0)):
@@ -444,10 +433,11 @@ def train(cfg, model, sets, out, state=None, until=None):
             if look or stop:
                 best = best or {k: v.detach().clone() for k, v in judged.state_dict().items()}
                 torch.save({"config": asdict(cfg), "best": best, "best_val": best_val, "step": done,
-                            "seconds": seconds + spent, "model": model.state_dict(), "carry": carry,
-                            "average": judged.state_dict(), "optimizer": opt.state_dict(),
-                            "rng": rng.get_state()}, buffer := io.BytesIO())
-                data.write_atomic(out / "ckpt.pt", buffer.getvalue())
+                            "seconds": seconds + spent, "model": model.state_dict(), "carry":
+                            carry if WORLD == 1 else None, "average": judged.state_dict(), "rng":
+                            rng.get_state(), "optimizer": opt.state_dict()}, buffer := io.BytesIO())
+                if RANK == 0:
+                    data.write_atomic(out / "ckpt.pt", buffer.getvalue())
             if stop:
                 print(f"stopped after step {done}; go on with: "
                       f"python looped.py --resume {shlex.quote(str(out))}")
@@ -457,80 +447,87 @@ def train(cfg, model, sets, out, state=None, until=None):
         signal.signal(signal.SIGINT, ctrl_c)
 
 def log(out, record, text):
-    print(text, flush=True)
-    with open(out / "log.jsonl", "a") as f:
-        f.write(json.dumps(record) + "\n")
-
+    if RANK == 0:
+        print(text, flush=True)
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
 # ---- results -------------------------------------------------------------------------------------
 def wilson(rate, n, z=1.96):        # 95 % interval of a rate seen in n trials (Wilson, 1927)
     middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
+LEVELS = {"easy": "C0o-", "hard": "C1s-"}   # and how they are drawn
 def report(cfg, model, sets):
     """Print accuracy and motion against loops, easy beside hard, and halting -> result."""
     counts = sorted({2 ** i for i in range(cfg.eval_loops.bit_length())} | {cfg.eval_loops})
-    result, began, last, title = {"halting": {}}, time.time(), counts[-1], "\n      "
+    result, began, title, lines = {"halting": {}}, time.time(), "\n      ", []
     form = "| {exact:5.3f} {token:6.4f} {residual:8.1e} {residual2:9.1e} {norm_ratio:9.3g} "
-    for level in ("easy", "hard"):
-        result[level] = evaluate(model, *sets[level], counts, data.progress(f"evaluating {level}"))
-        title += "| %-43s" % (f"{level}: %d puzzles of %d tokens" % sets[level][0].shape)
-    print(title + "\nloops " + "| exact  token residual residual2  |h|/|h1| " * 2)
-    for t in counts:
-        print(f"{t:5} " + form.format(**result["easy"][t]) + form.format(**result["hard"][t]))
-    for level in ("easy", "hard"):
-        (x, y), rate = sets[level], {t: result[level][t]["exact"] for t in counts}
-        logits, used, rest = solve(model, x[:32], cfg.tol, last)
+    for level in LEVELS:
+        (x, y), watch = sets[level], data.progress(f"evaluating {level}")
+        r = result[level] = evaluate(model, x, y, counts, watch)
+        logits, used, rest = solve(model, x[:32], cfg.tol, counts[-1])
         right = (model.task.predict(logits) == y[:32]).all(-1)
         exact, loops, rest = (t.double().mean().item() for t in (right, used, rest))
         result["halting"][level] = {"exact": exact, "loops": loops, "settled": rest, "n": len(used)}
-        low, high = wilson(rate[last], len(x))
-        print(f"{level}: exact {rate[last]:.3f} [{low:.3f}, {high:.3f}] at {last} loops (best "
-              f"{max(rate.values()):.3f} at {max(rate, key=rate.get)}); each until it rests: exact "
-              f"{exact:.3f} after {loops:.0f} loops, {rest:.0%} of {len(used)} at rest")
+        title += "| %-43s" % (f"{level}: %d puzzles of %d tokens" % x.shape)
+        low, high = wilson(last := r[counts[-1]]["exact"], len(x))
+        best = max(counts, key=lambda t: r[t]["exact"])
+        lines.append(f"{level}: exact {last:.3f} [{low:.3f}, {high:.3f}] at {counts[-1]} loops "
+                     f"(best {r[best]['exact']:.3f} at {best}); each until it rests: exact "
+                     f"{exact:.3f} after {loops:.0f} loops, {rest:.0%} of {len(used)} at rest")
+    print(title + "\nloops " + "| exact  token residual residual2  |h|/|h1| " * 2)
+    for t in counts:
+        print(f"{t:5} " + form.format(**result["easy"][t]) + form.format(**result["hard"][t]))
+    print(*lines, sep="\n")
     return result | {"config": asdict(cfg), "eval_minutes": (time.time() - began) / 60}
 
-def plot(result, cfg, path):
-    """Accuracy against loops, easy and hard, the loops of training shaded; needs matplotlib."""
+def plot(groups, path):
+    """{title: [result of report]} -> a panel each, a line for every run; training shaded."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("no curve.png: pip install matplotlib to get one")
-    axis = (figure := Figure(figsize=(6, 3.6))).subplots()
-    axis.axvspan(1, cfg.loops, color="0.92", label="loops in training")
-    for level, style in (("easy", "C0o-"), ("hard", "C1s-")):
-        loops, exact = zip(*((t, row["exact"]) for t, row in result[level].items()))
-        axis.plot(loops, exact, style, label=level)
-    axis.set(xscale="log", xlabel="loops", xticks=loops, xticklabels=loops, ylabel="solved exactly",
-             title=f"{cfg.task}, {cfg.recall} recall, {cfg.norm} norm")
-    axis.legend(frameon=False, loc="center left")
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=120, bbox_inches="tight")
+        return print(f"no {path}: pip install matplotlib to get one")
+    wide, high = min(3, len(groups)), -(-len(groups) // 3)
+    figure = Figure(figsize=(2 + 3.4 * wide, 1 + 2.4 * high), layout="constrained")
+    panels = figure.subplots(high, wide, squeeze=False, sharex=True, sharey=True).flat
+    for panel, (title, results) in zip(panels, groups.items()):
+        panel.axvspan(1, results[0]["config"]["loops"], color="0.92", label="loops in training")
+        for result, (level, style) in itertools.product(results, LEVELS.items()):
+            loops, exact = zip(*((int(t), row["exact"]) for t, row in result[level].items()))
+            panel.plot(loops, exact, style, label=level if result is results[0] else None)
+        panel.set(xscale="log", xticks=loops[::2], xticklabels=loops[::2], title=title)
+    figure.supxlabel("loops"), figure.supylabel("solved exactly")
+    panel.legend(frameon=False)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
+    path.parent.mkdir(parents=True, exist_ok=True)
     data.write_atomic(path, buffer.getvalue())
 
-def table(pattern):
-    """Print a Markdown table of finished runs: a row is the mean ± sd of folders NAME-seed*."""
-    rows = {}
+def table(pattern, out=""):
+    """Print a Markdown table, a row is the mean ± sd of runs NAME-seed*; plot out/curves.png."""
+    groups, columns = {}, ("exact", "residual", "norm_ratio")
     for path in map(Path, sorted(glob.glob(f"{pattern}/eval.json"))):
         try:
-            r = json.loads(path.read_text())
-            easy, hard = (list(r[level].values())[-1] for level in ("easy", "hard"))
-            rows.setdefault(re.sub(r"-?seed\d+$", "", path.parent.name) or "all", []).append(
-                [easy["exact"], hard["exact"], hard["residual"], hard["norm_ratio"], r["minutes"]])
+            r, name = json.loads(path.read_text()), re.sub(r"-?seed\d+$", "", path.parent.name)
+            easy, hard = (list(r[level].values())[-1] for level in LEVELS)
+            r["row"] = easy["exact"], *(hard[k] for k in columns), r["minutes"]
+            groups.setdefault(name or "all", []).append(r)
         except (ValueError, LookupError, TypeError, AttributeError):
             raise LoopedError(f"{path}: not an eval.json of looped.py") from None
-    if not rows:
-        raise LoopedError(f"--table {pattern}: no eval.json there; give a pattern of run folders")
+    refuse((not groups, f"--table {pattern}: no eval.json there; give a pattern of run folders"))
     print("| run | seeds | easy | hard | hard, each seed | residual | norm ratio | minutes |\n"
           + "|---" * 8 + "|")
-    for name, runs in rows.items():
-        easy, hard, residual, ratio, minutes = np.array(runs).T
+    for name, runs in groups.items():
+        easy, hard, residual, ratio, minutes = np.array([r["row"] for r in runs]).T
         print(f"| {name} | {len(runs)} | {easy.mean():.3f} ± {easy.std():.3f} | {hard.mean():.3f} "
               f"± {hard.std():.3f} | {' '.join(f'{v:.2f}' for v in hard)} | "
               f"{np.median(residual):.0e} | {np.median(ratio):.3g} | {minutes.mean():.1f} |")
+    if out:
+        plot(groups, Path(out, "curves.png"))
 
 @torch.inference_mode()
 def watch(cfg, model, text, x, y):
-    """Print the prediction for puzzle x [L] (text: as typed) at loops 1, 2, 4, ... until it rests.
-    Cells are marked or coloured: + right, x wrong, ~ changed since the last print, = unchanged."""
+    """Print the prediction for puzzle x [L] (text: as typed) at loops 1, 2, 4, ... until it rests:
+    + right, x wrong, ~ changed since the last print, = unchanged; in colour on a terminal."""
     tty, colour = sys.stdout.isatty(), {"~": 33, "=": 0, "+": 32, "x": 31}
     e = model.embed(torch.as_tensor(x, dtype=torch.long)[None])
     h, r, before = e, model.recall(e), None
@@ -548,7 +545,6 @@ def watch(cfg, model, text, x, y):
         if rest < cfg.tol:
             break
     print("\n" + model.task.answer(text or model.task.text(x), now))
-
 # ---- command line --------------------------------------------------------------------------------
 def parse(argv):
     """Command line -> {option: value} of the options that were given; unknown ones are refused."""
@@ -561,70 +557,70 @@ def parse(argv):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": "VALUE"}
         kind["help"] = f"{f.metadata['help']}{choices} (default: {default})"
         parser.add_argument(f"--{f.name}", **kind)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise LoopedError(f"{unknown[0]}: unknown option; --help lists them all")
-    return vars(given)
+    return vars(parser.parse_args(argv))
 
 def configure(given):
-    """The options that were given -> Config, checkpoint to go on from or None; settles "auto"."""
+    """The options that were given -> Config, device, checkpoint to go on from or None."""
     state = read_checkpoint(given["resume"])[0] if "resume" in given else None
     preset = PAPER if given.get("task", "prefix_sums") == "prefix_sums" else PAPER_BOARD
     base = state["config"] if state else preset if given.get("preset") == "paper" else {}
-    cfg = Config(**base | given)
-    for name in set(base) - RESUMABLE if state else ():
-        if getattr(cfg, name) != base[name]:
-            raise LoopedError(f"--{name} {given[name]}: the checkpoint was made with {base[name]}; "
-                              "leave the option out, or start a new run")
+    cfg, done = Config(**base | given), state.get("step", 0) if state else 0
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    cfg.device = next(d for d in there if there[d]) if cfg.device == "auto" else cfg.device
-    if not there[cfg.device]:
-        raise LoopedError(f"--device {cfg.device}: there is none here; use --device cpu")
-    for name, values in (("dtype", ("fp32", "bf16")), ("compile", ("off", "on"))):
-        if getattr(cfg, name) == "auto":
-            setattr(cfg, name, values[cfg.device == "cuda"])
-    return cfg, state
+    device = next(d for d in there if there[d]) if cfg.device == "auto" else cfg.device
+    refuse(*((getattr(cfg, name) != base[name], f"--{name} {given.get(name)}: the checkpoint was "
+              f"made with {base[name]}; leave the option out, or start a new run")
+             for name in (set(base) - RESUMABLE if state else ())),
+           (not there[device], f"--device {device}: there is none here; use --device cpu"),
+           (cfg.watch and not state, "--watch needs a trained model: --resume RUN"),
+           ("puzzle" in given and not cfg.watch, "--puzzle is for --watch: add that"),
+           ("preset" in given and state, "--preset is for new runs, a resumed one has its options"),
+           (cfg.steps < done, f"--steps {cfg.steps}: the run has done {done} already"),
+           (state and done < cfg.steps and "optimizer" not in state,
+            f"{cfg.resume}: weights only, training cannot go on from them"),
+           ("recall_gain" in given and (cfg.recall == "none" or cfg.inject == "add"),
+            "--recall_gain scales W_e, which this recall does not have"),
+           (cfg.batch % WORLD, f"--batch {cfg.batch}: must be a multiple of {WORLD} processes"))
+    return cfg, device, state
 
 def run(given):
     """Train, go on, evaluate or watch, as the options say."""
-    cfg, state = configure(given)
+    cfg, device, state = configure(given)
     if cfg.table:
-        return table(cfg.table)
-    if cfg.watch and not state:
-        raise LoopedError("--watch needs a trained model: --resume RUN")
+        return table(cfg.table, cfg.out)
+    if WORLD > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     torch.manual_seed(cfg.seed)
-    model, old = LoopedTransformer(cfg).to(cfg.device), Path(cfg.resume)
+    model, old = LoopedTransformer(cfg).to(device), Path(cfg.resume)
     if cfg.watch and cfg.puzzle:
         return watch(cfg, load(old)[0], cfg.puzzle, *model.task.parse(cfg.puzzle))
     sets = data.splits(model.task, cfg.seed, cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard,
                        cfg.data or None)
     if cfg.watch:
         return watch(cfg, load(old)[0], "", sets["hard"].x[0], sets["hard"].y[0])
-    home = old if old.is_dir() else old.parent
+    home = old if old.is_dir() else old.parent if old.name == "ckpt.pt" else Path("out", old.stem)
     out = Path(given.get("out") or (home if state else
                f"out/{cfg.task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}"))
-    if (out / "ckpt.pt").exists() and not (state and out.samefile(home)):
-        raise LoopedError(f"{out} holds a run: --resume {out} goes on, --out DIR starts another")
+    refuse(((out / "ckpt.pt").exists() and not (state and out.samefile(home)),
+            f"{out} holds a run: --resume {out} goes on, --out DIR starts another"))
     out.mkdir(parents=True, exist_ok=True)
-    git = f"git -C {Path(__file__).parent} log -1 --format=%h 2>&-"
+    git = f"git -C {shlex.quote(str(Path(__file__).parent))} log -1 --format=%h 2>&-"
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
-             "chip": torch.cuda.get_device_name() if cfg.device == "cuda" else platform.machine(),
-             "commit": subprocess.getoutput(git)}
-    log(out, facts | {"config": asdict(cfg)}, " ".join(f"{k}={v}" for k, v in asdict(cfg).items())
-        + "\n" + " | ".join(f"{k} {v}" for k, v in facts.items()) + "\n"
-        + model.task.show(sets["train"].x[0], sets["train"].y[0]))
-    if cfg.device == "cpu" and not cfg.window and math.prod(model.task.grid) > 36:
+             "chip": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+             "commit": subprocess.getoutput(git), "config": asdict(cfg)}
+    log(out, facts, "\n".join((" ".join(f"{k}={v}" for k, v in (facts | asdict(cfg)).items()
+        if k != "config"), model.task.show(sets["train"].x[0], sets["train"].y[0]))))
+    if device == "cpu" and not cfg.window and math.prod(model.task.grid) > 36:
         print("note: a CPU needs hours for this, a GPU minutes; a laptop: --task sudoku --side 4")
-    sets = {k: tuple(torch.as_tensor(t, dtype=torch.long, device=cfg.device) for t in (p.x, p.y))
+    sets = {k: tuple(torch.as_tensor(t, dtype=torch.long, device=device) for t in (p.x, p.y))
             for k, p in sets.items()}
-    if cfg.compile == "on":
+    if cfg.compile == "on" or cfg.compile == "auto" and device == "cuda":
         LoopedTransformer.step = torch.compile(LoopedTransformer.step, dynamic=False)
     if unfinished := not state or state.get("step", 0) < cfg.steps:
-        if state and "optimizer" not in state:
-            raise LoopedError(f"{old}: weights only, training cannot go on from them")
-        if not train(cfg, model, sets, out, state):
+        if not train(cfg, model, sets, out, state) or RANK:
             return
-        state = read_checkpoint(out, cfg.device)[0]
+        state = read_checkpoint(out, device)[0]
     model.load_state_dict(state["best"])
     result = report(cfg, model.eval(), sets) | {"parameters": facts["parameters"], "steps":
              state.get("step"), "minutes": state.get("seconds", 0) / 60}
@@ -632,7 +628,7 @@ def run(given):
     if not unfinished and "out" not in given and (out / "eval.json").exists():
         return print("the run's eval.json stays as it was; --out DIR saves this table")
     data.write_atomic(out / "eval.json", json.dumps(result, indent=1).encode())
-    plot(result, cfg, out / "curve.png")
+    plot({f"{cfg.task}, {cfg.recall} recall, {cfg.norm} norm": [result]}, out / "curve.png")
 
 def main(argv=None):
     try:
@@ -641,6 +637,10 @@ def main(argv=None):
         code, message = 1 if isinstance(e, RunFailed) else 2, e
     except OSError as e:
         code, message = 2, f"{e.filename or 'writing'}: {e.strerror}; free it or give another --out"
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
+            raise
+        code, message = 1, f"out of memory: lower --batch, --width or --n_train ({str(e):.60})"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; --resume goes on from what was saved"
     print(f"looped.py: {message}", file=sys.stderr)

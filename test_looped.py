@@ -2,7 +2,7 @@
 
 A check that might pass by accident carries a control, where it must come out the other way.
 """
-import bz2, dataclasses, gzip, itertools, json, os, random, re, shlex  # noqa: E401
+import bz2, dataclasses, gzip, importlib.util, itertools, json, os, random, re, shlex  # noqa: E401
 import signal, subprocess, sys  # noqa: E401
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -303,12 +303,13 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def home(finished, tmp_path, monkeypatch):
-    """A folder with two runs, RUN and OTHER, and a file."""
+    """A folder with two runs, RUN and OTHER, and a file; -> where the run came from."""
     monkeypatch.chdir(tmp_path)
     for name in ("RUN", "OTHER"):
         Path(name).mkdir()
         Path(name, "ckpt.pt").write_bytes((finished / "ckpt.pt").read_bytes())
     Path("file").write_text("mine")
+    return finished
 
 def fails(capsys, argv, code=2):
     """-> the one line on stderr."""
@@ -362,6 +363,40 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(where, name, home, capsys, 
     assert {p.name for p in Path("RUN").iterdir()} == {"ckpt.pt", "log.jsonl"}
     assert looped.main(argv) == 0 and Path("RUN/ckpt.pt").read_bytes() != raw       # control
 
+def test_several_processes_take_the_steps_of_one(tmp_path):
+    argv, losses = flags(eval_every=1), []
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node=2", looped.__file__, *argv, "--out", tmp_path / "two"],
+                   check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for name, seed in (("two", "0"), ("one", "0"), ("other", "1")):
+        if name != "two":
+            looped.main([*argv, "--seed", seed, "--out", f"{tmp_path / name}"])
+        log = [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+        losses.append(pytest.approx([r["loss"] for r in log[1:]], rel=1e-4))
+    assert losses[0] == losses[1].expected and losses[0] != losses[2].expected
+    assert looped.main(["--resume", f"{tmp_path / 'two'}", "--steps", "8"]) == 0
+
+def test_weights_alone_can_be_evaluated_but_not_trained_on(home, capsys):
+    state = torch.load("RUN/ckpt.pt")
+    torch.save({k: state[k] for k in ("config", "best", "step", "seconds")}, "small.pt")
+    assert looped.main(["--resume", "small.pt"]) == 0
+    a, b = (json.loads(Path(p, "eval.json").read_text()) for p in ("out/small", home))
+    assert (a["easy"], a["hard"], a["steps"]) == (b["easy"], b["hard"], TINY["steps"])
+    assert "weights only" in fails(capsys, ["--resume", "small.pt", "--steps", "9"])
+
+def test_the_table_has_a_row_for_each_name_and_a_picture(home, capsys):
+    r = json.loads((home / "eval.json").read_text())
+    for name, exact in (("a-seed0", 0.25), ("a-seed1", 0.75), ("b-seed0", 1.0)):
+        r["hard"]["4"]["exact"] = exact
+        Path(name).mkdir()
+        Path(name, "eval.json").write_text(json.dumps(r))
+    assert looped.main(["--table", "*-seed?", "--out", "."]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] + row[3:4] for row in rows] == [["| a", "2", "0.500 ± 0.250"],
+                                                    ["| b", "1", "1.000 ± 0.000"]]
+    if importlib.util.find_spec("matplotlib"):
+        assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+
 # ---- command line --------------------------------------------------------------------------------
 BAD = """--task sudokus; --recall inside; --norm sanwich; --depth 3; --bits 0; --hard_bits 0; extra
     --window 4; --window 15; --heads 3; --heads 16; --task sudoku --width 12; --bits 5 --window 3
@@ -369,7 +404,9 @@ BAD = """--task sudokus; --recall inside; --norm sanwich; --depth 3; --bits 0; -
     --seed 99999999999999999999; --n_train 0; --n_train -1; --tol 0; --data nofile; --resume=
     --table nothing*; --resume nowhere; --out file; --out /proc/none; --out RUN; --watch
     --resume RUN --width 32; --resume RUN --task sudoku; --resume RUN --seed 3
-    --resume RUN --out OTHER; --resume RUN --watch --puzzle 012""" + (
+    --resume RUN --out OTHER; --resume RUN --watch --puzzle 012; --resume RUN --preset paper
+    --resume RUN --steps 2; --recall none --recall_gain 2; --puzzle 01; --n_train 999999999
+    --eval_loops 0""" + (
     "" if torch.cuda.is_available() else "; --device cuda")
 
 @pytest.mark.parametrize("line", [case.strip() for case in re.split(r"[;\n]", BAD)])
