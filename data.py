@@ -208,14 +208,14 @@ class PrefixSums(Task):
     With the paper's window of 5 tokens one loop moves information 2 places, so L bits need about
     L / 2 loops: more than training ever used as soon as the test strings are longer.
 
-    A start token comes first (label 0). Without it (start "off", the paper's format) the model must
+    A start token comes first (label 0). Without it (positions "relative", as in the paper) it must
     find the edge by itself, and windows that shift inwards hide it: in a string that begins with
     five or more ones the first tokens see five equal neighbours, as they would in the middle of a
     run, and softmax weights sum to 1, so position does not show.
     """
     bits: int = 32
     hard_bits: int = 512
-    start: str = "on"
+    positions: str = "absolute"
     name, vocab, classes, window, rope_base = "prefix_sums", 3, 2, 5, 1e4
     symbols, size, chance = "01", "ones", ".5 of the sums are right by guessing"
 
@@ -223,19 +223,23 @@ class PrefixSums(Task):
         for flag in ("bits", "hard_bits"):
             if getattr(self, flag) < 1:
                 raise DataError(f"--{flag} {getattr(self, flag)}: must be at least 1")
-        if self.start not in ("on", "off"):
-            raise DataError(f"--start {self.start}: choose on or off")
+        if self.positions not in ("absolute", "relative"):
+            raise DataError(f"--positions {self.positions}: choose absolute or relative")
 
     @property
     def grid(self):
-        return (self.bits + (self.start == "on"),)
+        return (self.bits + self.front,)
+
+    @property
+    def front(self):
+        return int(self.positions == "absolute")    # start tokens
 
     def scored(self, x):
         return x != START
 
     def puzzles(self, bits):
-        """bits [N, n] -> Puzzles, with the start token if it is on."""
-        front, sums = ((0, 0), (int(self.start == "on"), 0)), np.bitwise_xor.accumulate(bits, 1)
+        """bits [N, n] -> Puzzles, with the start token if there is one."""
+        front, sums = ((0, 0), (self.front, 0)), np.bitwise_xor.accumulate(bits, 1)
         return Puzzles(np.pad(bits, front, constant_values=START), np.pad(sums, front),
                        np.full(len(bits), bits.shape[1]))
 
@@ -258,8 +262,8 @@ class PrefixSums(Task):
 
     def show(self, x, y=None, paint=None):
         """The bits and, below them, their sums; 64 to a line."""
-        lines, first = [], int(self.start == "on")
-        for some in (range(i, min(i + 64, len(x))) for i in range(first, len(x), 64)):
+        lines = []
+        for some in (range(i, min(i + 64, len(x))) for i in range(self.front, len(x), 64)):
             lines.append("bits  " + self.text(x[some.start:some.stop]))
             if y is not None:
                 lines.append("sums  " + "".join(self.paint(i, y, paint) for i in some))

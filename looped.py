@@ -12,8 +12,7 @@ of "Stability and Generalization in Looped Transformers" (arXiv 2604.15259); ind
 letters   x token ids [B, L]   y labels [B, L]   e embedded input [B, L, D]   h state [B, L, D]
           B batch, L tokens, D width, H heads    N(u) = g * u / rms(u) for each token, g learned
           W_h acts on the state h, W_e on the input e (called Wx and Wh in the paper's code)
-differs   truncated gradient from a carried state (the paper's loss: --train progressive), a start
-          token before the bits, QK-norm before RoPE.
+differs   carry_loss, a start token or embedded cells (--positions absolute), QK-norm before RoPE
 """
 import argparse, copy, functools, glob, io, itertools, json, math, platform  # noqa: E401
 import os, re, shlex, signal, subprocess, sys, time  # noqa: E401
@@ -45,7 +44,6 @@ class Config:
     data: str = opt("", "puzzles from FILE or TRAIN,TEST instead of generated ones")
     bits: int = opt(32, "prefix sums: length of the easy strings, those trained on", low=1)
     hard_bits: int = opt(512, "prefix sums: length of the hard strings", low=1)
-    start: str = opt("on", "prefix sums: a start token before the bits, see data.py", "on", "off")
     side: int = opt(9, "sudoku: side of the board: 9, 6 or 4")
     n_train: int = opt(None, "puzzles to train on", low=1)
     n_val: int = opt(256, "easy puzzles that pick the checkpoint and do nothing else", low=1)
@@ -55,6 +53,7 @@ class Config:
     width: int = opt(None, "D, channels of the state", low=1)
     heads: int = opt(4, "attention heads", low=1)
     window: int = opt(None, "tokens that a token attends to, odd; 0 = all", low=0)
+    positions: str = opt("absolute", "or RoPE alone, as in the paper", "absolute", "relative")
     blocks: int = opt(1, "untied blocks a loop (fixed depth: 15, --loops 1, --recall none)", low=1)
     recall: str = opt("internal", "where the input comes in again", "none", "external", "internal")
     inject: str = opt("linear", "how it comes in: W_h h + W_e e, or h + e", "linear", "add")
@@ -121,7 +120,7 @@ TASK_DEFAULTS = {
     "sudoku 4": dict(n_train=20000, n_hard=256, width=64, loops=16, steps=600, eval_loops=64),
     "sudoku 6": dict(n_train=20000, n_hard=256, width=64, steps=1500, batch=64, eval_loops=128)}
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e-4, decay="step",
-             warmup=160, steps=1600, eval_loops=500, start="off")   # 100 epochs
+             warmup=160, steps=1600, eval_loops=500, positions="relative")     # 100 epochs
 PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=10000, n_hard=10000)
 RESUMABLE = set("steps hard_bits n_test n_hard lr clip eval_loops eval_every tol device dtype "
                 "compile minutes out resume watch puzzle table preset".split())    # may change
@@ -213,7 +212,9 @@ class LoopedTransformer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.task, D = cfg, cfg.make_task(), cfg.width
-        self.table = nn.Embedding(self.task.vocab, D)
+        self.table, grid = nn.Embedding(self.task.vocab, D), self.task.grid
+        if len(grid) > 1 and cfg.positions == "absolute":
+            self.place = nn.Parameter(0.5 * cfg.embed_rms * torch.randn(math.prod(grid), D))
         if cfg.recall != "none":        # one pair for all sub-layers; inject "add": u + e
             self.W_h, self.W_e = ((nn.Linear(D, D), nn.Linear(D, D)) if cfg.inject == "linear" else
                                   (nn.Identity(), nn.Identity()))
@@ -226,7 +227,7 @@ class LoopedTransformer(nn.Module):
                 self.W_e.weight *= cfg.recall_gain
     def embed(self, x):
         """x [B, L] int -> e [B, L, D]."""
-        return self.table(x)
+        return self.table(x) + getattr(self, "place", 0)
     def recall(self, e):
         """e [B, L, D] -> r [B, L, D], the part of recall that no loop changes; or None."""
         return None if self.cfg.recall == "none" else self.W_e(e)
@@ -409,8 +410,7 @@ def train(cfg, model, sets, out, state=None, until=None):
                     torch.distributed.all_reduce(t.div_(WORLD))
                 asked = [True] * int(stop > 0)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            opt.step()
-            opt.zero_grad()
+            opt.step(), opt.zero_grad()
             if cfg.ema:
                 for a, p in zip(judged.parameters(), model.parameters()):
                     a.data.lerp_(p.data, 1 - min(cfg.ema, done / (done + 10)))

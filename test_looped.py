@@ -147,11 +147,15 @@ def test_step_is_the_papers_equation_with_a_gradient_for_every_parameter(norm, r
         assert [k for k, g in grads.items() if g is None] == unused
         assert all(g.isfinite().all() and g.any() for g in grads.values() if g is not None)
 
-def test_only_the_start_token_shows_the_edge_in_a_run_of_equal_bits():
-    for start, uniform in (("off", True), ("on", False)):
-        model = model_of(bits=40, start=start)
-        h = model(torch.tensor(model.task.parse("1" * 40)[0])[None].long(), 20)[1][0, -40:]
-        assert torch.allclose(h, h[:1].expand_as(h), atol=1e-9) == uniform
+@pytest.mark.parametrize("task, text", (("prefix_sums", "1" * 40), ("sudoku", "." * 16)))
+def test_relative_positions_do_not_show_the_place_in_a_run_of_equal_tokens(task, text):
+    for positions in ("relative", "absolute"):
+        model = model_of(task=task, bits=40, side=4, positions=positions)
+        x = model.task.tokens(text, model.task.symbols)[None]
+        x = model.task.puzzles(x).x if task == "prefix_sums" else x
+        h = model(torch.tensor(x).long(), 20)[1][0, -len(text):]
+        same_everywhere = torch.allclose(h, h[:1].expand_as(h), atol=1e-9)
+        assert same_everywhere == (positions == "relative")
 
 @pytest.mark.parametrize("recall", RECALLS)
 def test_without_recall_the_input_acts_through_h_0_alone(recall):
@@ -286,8 +290,8 @@ def test_learning_rate_warms_up_and_decays():
     assert slow[60:] == sorted(slow[60:]) and slow[60] == pytest.approx(slow[59] / 10, rel=0.01)
 
 def test_carry_learns_short_strings_and_no_puzzle_outlives_its_loops(tmp_path):
-    cfg = tiny(bits=4, start="off", n_train=10, n_val=2, n_test=2, window=0, steps=150, batch=32,
-               lr=1e-2, loops=8, grad_loops=4, warmup=10, eval_every=75)
+    cfg = tiny(bits=4, positions="relative", n_train=10, n_val=2, n_test=2, window=0, steps=150,
+               batch=32, lr=1e-2, loops=8, grad_loops=4, warmup=10, eval_every=75)
     carry = train(cfg, tmp_path / "run", 7)[0]["carry"]
     learnt, new = looped.load(tmp_path / "run")[0], looped.LoopedTransformer(cfg)
     better, chance = (looped.evaluate(model, *sets_of(cfg)["train"], [8])[8]["token"]
@@ -431,7 +435,7 @@ def test_defaults_depend_on_the_task_and_a_preset_yields_to_options():
     assert [c.window for c in given] == [5, 0, 0] and tiny(task="chess").loops == TINY["loops"]
     assert None not in [v for c in given for v in vars(c).values()]
     official = dict(width=256, heads=8, blocks=1, train="progressive", loops=30, batch=500, clip=1,
-                    weight_decay=0.01, lr=3e-4, decay="step", start="off", eval_loops=500)
+                    weight_decay=0.01, lr=3e-4, decay="step", positions="relative", eval_loops=500)
     for extra, differ in (([], dict(steps=1600)), (["--task", "sudoku"], dict(steps=8000)),
                           (["--lr", "0.1"], dict(lr=0.1))):
         cfg = looped.configure(looped.parse(["--preset", "paper", *extra]))[0]
@@ -522,7 +526,7 @@ def test_levels_and_splits_are_disjoint(made):
 def test_prefix_sums(made):
     for p in made["bits"].values():
         assert (p.x[:, 1:].astype(int).cumsum(1) % 2 == p.y[:, 1:]).all() and (p.x[:, 0] == 2).all()
-    task = replace(BITS, bits=7, hard_bits=7, start="off")
+    task = replace(BITS, bits=7, hard_bits=7, positions="relative")
     split = data.splits(task, 0, 50, 20, 20, 38).values()
     assert len(np.unique(np.concatenate([p.x for p in split]), axis=0)) == 128
     with pytest.raises(data.DataError, match="--hard_bits 7: only 128 .*--hard_bits 8 needed"):
