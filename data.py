@@ -32,10 +32,8 @@ class Puzzles:
     x: np.ndarray
     y: np.ndarray
     rating: np.ndarray
-
     def __len__(self):
         return len(self.x)
-
     def __getitem__(self, i):
         return Puzzles(self.x[i], self.y[i], self.rating[i])
 
@@ -46,9 +44,7 @@ def unseen(rows, seen):
     """Indices of the rows that are not in the set `seen`, to which they are added."""
     keys = [row.tobytes() for row in rows]
     return [i for i, key in enumerate(keys) if not (key in seen or seen.add(key))]
-
 # ---- all cores, time left, files -----------------------------------------------------------------
-
 def parallel(job, first=0):
     """Yield job(first), job(first + 1), ... in order, made on all cores until closed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -64,7 +60,6 @@ def clock(seconds):
 def progress(what):
     """-> report(done, total): now and then a line with the time left on stderr."""
     start = last = time.monotonic()
-
     def report(done, total):
         nonlocal last
         now, tty = time.monotonic(), sys.stderr.isatty()
@@ -105,58 +100,46 @@ def save_cache(file, **arrays):
         write_atomic(file, content.getvalue())
     except OSError as e:
         print(f"{file}: cannot be kept ({e})", file=sys.stderr)
-
 # ---- what tasks share ----------------------------------------------------------------------------
-
 class Task:
     """The fields of a task's dataclass are its options; what it does not override is as here."""
     window, rope_base = 0, 10.0         # window 0: full attention
     columns, limits = (), None          # of a data file: rating last; cut and largest hard rating
     kinds = {}                          # what --bench measures: name -> options of chunk
-
     def predict(self, logits):
         """logits [B, L, C] -> labels [B, L]."""
         return logits.argmax(-1)
-
     def scored(self, x):
         """x [B, L] -> bool [B, L]: the tokens that count for per-token accuracy."""
         return x >= 0
-
     def augment(self, x, y, generator):
         """x, y [B, L] -> as many other puzzles with their solutions; all on one device."""
         return x, y
-
     def distinct(self, x, y):
         """x or y: what no two puzzles of a data set may share, whatever their splits."""
         return x
-
     def cut(self, rating):
         """rating [N] -> the smallest hard one: the 80 % quantile, but above the lowest rating."""
         q, above = np.quantile(rating, 0.8), rating[rating > rating.min()]
         return q if q > rating.min() else above.min(initial=np.iinfo(int).max)
-
     def text(self, x):
         """tokens [L] -> what `parse` reads."""
         return "".join(self.symbols[v] for v in x)
-
     def tokens(self, text, symbols):
         """text -> the places [L] of its characters in symbols."""
         for c in set(text) - set(symbols):
             raise DataError(f"{c!r} is none of {symbols}")
         return np.array([symbols.index(c) for c in text], np.uint8)
-
     def parse(self, text):
         """What a user typed -> x [L], its solution y [L] if there is a proven one, else None."""
         try:
             return self.read(text.strip())
         except ValueError as e:
             raise DataError(f"puzzle {text.strip()!r}: {e}") from None
-
     def answer(self, text, y):
         """labels y [L] for the puzzle of a text -> a line on whether they solve it."""
         wrong = (self.parse(text)[1] != np.asarray(y)).sum()
         return f"{wrong} of {len(y)} are wrong" if wrong else "solved"
-
     def make(self, seed, need, cache):
         """-> {level: Puzzles} from as few chunks of the seed as hold need {level: count}.
 
@@ -192,13 +175,10 @@ class Task:
             more.close()
             if len(parts) > kept:
                 save_cache(file, ends=np.cumsum([0, *map(len, parts)]), **vars(join(parts)))
-
     def paint(self, i, y, paint):
         """The text of label y[i], decorated by paint(i, text) if there is one."""
         return paint(i, self.symbols[y[i]]) if paint else self.symbols[y[i]]
-
 # ---- prefix sums ---------------------------------------------------------------------------------
-
 START = 2       # the token before the bits
 
 @dataclass(frozen=True)
@@ -218,31 +198,25 @@ class PrefixSums(Task):
     positions: str = "absolute"
     name, vocab, classes, window, rope_base = "prefix_sums", 3, 2, 5, 1e4
     symbols, size, chance = "01", "ones", ".5 of the sums are right by guessing"
-
     def __post_init__(self):
         for flag in ("bits", "hard_bits"):
             if getattr(self, flag) < 1:
                 raise DataError(f"--{flag} {getattr(self, flag)}: must be at least 1")
         if self.positions not in ("absolute", "relative"):
             raise DataError(f"--positions {self.positions}: choose absolute or relative")
-
     @property
     def grid(self):
         return (self.bits + self.front,)
-
     @property
     def front(self):
         return int(self.positions == "absolute")    # start tokens
-
     def scored(self, x):
         return x != START
-
     def puzzles(self, bits):
         """bits [N, n] -> Puzzles, with the start token if there is one."""
         front, sums = ((0, 0), (self.front, 0)), np.bitwise_xor.accumulate(bits, 1)
         return Puzzles(np.pad(bits, front, constant_values=START), np.pad(sums, front),
                        np.full(len(bits), bits.shape[1]))
-
     def make(self, seed, need, cache):
         rng, seen, out = np.random.default_rng(seed), set(), {}
         for level, flag in (("easy", "bits"), ("hard", "hard_bits")):
@@ -256,10 +230,8 @@ class PrefixSums(Task):
                 x = np.concatenate((x, more[unseen(more, seen)]))
             out[level] = self.puzzles(x)
         return out
-
     def text(self, x):
         return super().text(x[self.scored(x)])
-
     def show(self, x, y=None, paint=None):
         """The bits and, below them, their sums; 64 to a line."""
         lines = []
@@ -268,15 +240,12 @@ class PrefixSums(Task):
             if y is not None:
                 lines.append("sums  " + "".join(self.paint(i, y, paint) for i in some))
         return "\n".join(lines)
-
     def answer(self, text, y):
         wrong = (self.parse(text)[1] != np.asarray(y))[-len("".join(text.split())):]
         return f"{wrong.sum()} of {len(wrong)} sums are wrong" if wrong.any() else "solved"
-
     def read(self, text):
         p = self.puzzles(self.tokens("".join(text.split()) or " ", self.symbols)[None])
         return p.x[0], p.y[0]
-
 # ---- sudoku: many boards at once -----------------------------------------------------------------
 # cand [L, M] uint16: bit d - 1 of a cell says that digit d is still possible there. Boards lie on
 # the last axis, so that each numpy operation runs over thousands of them.
@@ -400,23 +369,18 @@ class Sudoku(Task):
     side: int = 9
     name, symbols, size, columns = "sudoku", ".123456789", "clues", ("question", "answer", "rating")
     kinds = {"unique, rated puzzles": {}}
-
     def __post_init__(self):
         if self.side not in BOX:
             raise DataError(f"--side {self.side}: choose 4, 6 or 9")
         n = self.side                           # class 0 is never a label
         chance = f"blank cells are counted, 1/{n} of them are right by guessing"
         vars(self).update(grid=(n, n), box=BOX[n], vocab=n + 1, classes=n + 1, chance=chance)
-
     def scored(self, x):
         return x == 0
-
     def distinct(self, x, y):
         return x if self.side == 4 else y
-
     def cut(self, rating):
         return 10 if self.side == 4 else super().cut(rating)
-
     def chunk(self, seed, index, n=1024):
         """The index-th lot of puzzles of a seed."""
         rng, keep = np.random.default_rng((seed, index)), np.zeros(n, int)
@@ -430,7 +394,6 @@ class Sudoku(Task):
         x = np.where(np.bitwise_count(puzzle) == 1, y, 0).astype(np.uint8)
         p = Puzzles(x.T.copy(), y.T.copy(), (x == 0).sum(0) if self.side == 4 else rating)
         return p[p.rating != 10] if self.side == 4 else p
-
     def augment(self, x, y, generator):
         """Digits renamed; bands, stacks, rows, columns permuted; half transposed if boxes allow."""
         import torch        # here: a process that only makes puzzles starts faster without it
@@ -446,7 +409,6 @@ class Sudoku(Task):
             cell = torch.where(order(2)[..., :1, None] == 0, cell, cell.mT)
         digit = torch.nn.functional.pad(order(n) + 1, (1, 0)).to(x.dtype)       # 0 stays blank
         return tuple(digit.gather(1, t.gather(1, cell.flatten(1)).long()) for t in (x, y))
-
     def show(self, x, y=None, paint=None):
         """The board with its boxes; with y its digits in the blanks."""
         (h, w), n, cells = self.box, self.side, list(self.text(x))
@@ -456,12 +418,10 @@ class Sudoku(Task):
         rows = [" | ".join(stacks[i:i + h]) for i in range(0, n * h, h)]
         rule = "\n" + "-+-".join(["-" * (2 * w - 1)] * h) + "\n"
         return rule.join("\n".join(rows[i:i + h]) for i in range(0, n, h))
-
     def tokens(self, text, symbols=symbols):
         if len(text) != self.side ** 2:
             raise DataError(f"{len(text)} characters, not the {self.side ** 2} of side {self.side}")
         return super().tokens(text.replace("0", "."), symbols[:self.side + 1])
-
     def read(self, text):
         x = self.tokens("".join(text.split()))
         cand = np.where(x, 1 << (x.astype(int) - 1).clip(0), (1 << self.side) - 1)
@@ -469,7 +429,6 @@ class Sudoku(Task):
         if found[0] != 1:
             raise DataError("several solutions" if found[0] else "no solution")
         return x, np.bitwise_count(y[:, 0] - 1) + 1
-
     def convert(self, question, answer):
         """Fields of a file -> x, y [L], or ValueError with the reason."""
         x, y = self.tokens(question), self.tokens(answer)
@@ -479,9 +438,7 @@ class Sudoku(Task):
         if any((np.bitwise_or.reduce(g, unit) != (2 << self.side) - 2).any() for unit in UNITS):
             raise ValueError("the answer breaks a rule")
         return x, y
-
 # ---- chess ---------------------------------------------------------------------------------------
-
 def checks(board):
     """Legal moves but castling that give check, and a few more."""
     us, king, occupied = board.turn, board.king(not board.turn), board.occupied
@@ -580,12 +537,10 @@ class Chess(Task):
     columns, limits = ("FEN", "Moves", "Rating"), (1601, 2000)
     chance = ".969 of the squares are right when nothing is marked"
     kinds = {"mates in one": {"numbers": (20, 0)}, "mates in two": {"numbers": (0, 2)}}
-
     def predict(self, logits):
         """The two squares with the largest mark logit; logits [B, 64, 2] -> labels [B, 64]."""
         mark = logits[..., 1] - logits[..., 0]
         return mark.new_zeros(mark.shape, dtype=int).scatter(-1, mark.topk(2, -1).indices, 1)
-
     def chunk(self, seed, index, numbers=(20, 2)):
         """The index-th lot of puzzles of a seed: so many mates in one and in two."""
         rng, rows = random.Random(f"{seed} {index}"), []
@@ -599,17 +554,14 @@ class Chess(Task):
                     rows.append((*encode(board, found[0]), visited))
                     break
         return Puzzles(*map(np.array, zip(*rows)))
-
     def board(self, x):
         """tokens [64] -> the position as it is encoded, White to move."""
         board = chess.Board(None)
         for i in np.flatnonzero(x).tolist():
             board.set_piece_at(i, chess.Piece.from_symbol(self.symbols[x[i]]))
         return board
-
     def text(self, x):
         return self.board(x).fen()
-
     def show(self, x, y=None, paint=None):
         """The board with the side to move below; with y its two squares in brackets, the move."""
         cells = [f" {c} " for c in self.board(x).unicode(empty_square="\u00b7").split()]
@@ -620,7 +572,6 @@ class Chess(Task):
             cells[j] = paint(i, cells[j]) if paint else cells[j]
         lines = ["".join(cells[i:i + 8]) for i in range(0, 64, 8)]
         return "\n".join(lines + ([self.answer(self.text(x), y)] if marked else []))
-
     def read(self, text):
         """The solution is there if exactly one move mates at once."""
         board = chess.Board(text)
@@ -629,7 +580,6 @@ class Chess(Task):
                             f"not legal, {board.status().name}")
         found = [move for move in board.legal_moves if "#" in board.san(move)]
         return encode(board, found[0]) if one_pair(found) else (encode(board)[0], None)
-
     def answer(self, text, y):
         """The move that marks y [64] mean in the position of a FEN, and whether it mates."""
         board = chess.Board(text)
@@ -641,7 +591,6 @@ class Chess(Task):
                 return f"{move}: mate"
         return (f"{moves[0]}: no mate at once" if moves else
                 " and ".join(map(chess.square_name, sorted(squares))) + ": no legal move")
-
     def convert(self, fen, moves):
         """Fields of a file -> x, y [64], or ValueError: the first move leads to the position, the
         second is the one to find."""
@@ -652,9 +601,7 @@ class Chess(Task):
         return encode(board, board.parse_uci(second))
 
 TASKS = {t.name: t for t in (PrefixSums(), Sudoku(), Chess())}
-
 # ---- public data sets ----------------------------------------------------------------------------
-
 def open_text(path):
     opener = {".gz": gzip.open, ".bz2": bz2.open}.get(Path(path).suffix, open)
     if path.endswith(".zst"):
@@ -747,9 +694,7 @@ def from_files(task, path, n_fit, n_test, n_hard, cache):
         old = {f"{k} {name}": a for k, p in levels.items() for name, a in vars(p).items()}
         save_cache(Path(cache) / name, **old)
     return {k: Puzzles(*(old[f"{k} {f.name}"] for f in fields(Puzzles))) for k in ("easy", "hard")}
-
 # ---- splits, and looking at them -----------------------------------------------------------------
-
 def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cache"):
     """-> {"train", "val", "easy", "hard": Puzzles} of n_train, n_val, n_test, n_hard puzzles.
 

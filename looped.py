@@ -111,13 +111,13 @@ class Config:
         task = data.TASKS[self.task]
         return replace(task, **{f.name: getattr(self, f.name) for f in fields(task)})
 
-BOARD = dict(width=128, window=0, loops=30, steps=8000, batch=256, eval_loops=500)
+BOARD = dict(n_hard=1000, width=128, window=0, loops=30, steps=8000, batch=256, eval_loops=500)
 TASK_DEFAULTS = {
     "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=21, steps=800, batch=100,
                         eval_loops=500),
-    "chess": BOARD | dict(n_train=16000, n_hard=500),
-    "sudoku": BOARD | dict(n_train=40000, n_hard=1000),
-    "sudoku 4": dict(n_train=20000, n_hard=256, width=64, loops=16, steps=600, eval_loops=64),
+    "chess": BOARD | dict(n_train=16000, n_hard=500), "sudoku": BOARD | dict(n_train=40000),
+    "sudoku 4": dict(n_train=20000, n_hard=256, width=64, loops=16, steps=1600, batch=128,
+                     eval_loops=64),
     "sudoku 6": dict(n_train=20000, n_hard=256, width=64, steps=1500, batch=64, eval_loops=128)}
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e-4, decay="step",
              warmup=160, steps=1600, eval_loops=500, positions="relative")     # 100 epochs

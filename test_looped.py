@@ -445,7 +445,7 @@ def test_ctrl_c_saves_and_the_printed_command_finishes_the_same_run_of_fixed_dep
     def cli(*argv):
         return subprocess.Popen([sys.executable, looped.__file__, *argv], text=True, stdout=-1,
                                 stderr=-1, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    argv = flags(blocks=15, loops=1, recall="none", train="progressive", steps=60, eval_every=1)
+    argv = flags(blocks=15, loops=1, recall="none", train="progressive", steps=30, eval_every=1)
     process = cli(*argv, "--out", "cut in two")
     while not (line := process.stdout.readline()).startswith("step "):
         assert line, process.stderr.read()
@@ -454,7 +454,7 @@ def test_ctrl_c_saves_and_the_printed_command_finishes_the_same_run_of_fixed_dep
     assert process.returncode == 0 and not err, err
     again = cli(*shlex.split(re.search(r"python looped.py (--resume .*)", out)[1]))
     out, err = again.communicate(timeout=100)
-    assert again.returncode == 0 and "step     60 | " in out and "hard: " in out, err
+    assert again.returncode == 0 and "step     30 | " in out and "hard: " in out, err
     assert looped.main([*argv, "--out", "whole"]) == 0
     cut, whole = (torch.load(f"{name}/ckpt.pt") for name in ("cut in two", "whole"))
     assert all(same(cut[k], whole[k]) for k in ("model", "best", "optimizer", "rng"))
@@ -716,9 +716,8 @@ def test_claim_about_the_real_block_holds(name):
 @pytest.mark.parametrize("name, wrong", [
     ("R1", {"judge": "external"}), ("R2", {"norms": ("outer",)}), ("R3", {"norms": ("outer",)}),
     ("R4", {"recall": 5.0}), ("R5", {"norm": "pre"}), ("R5", {"recall": 0.0}),
-    ("R6", {"norm": "pre"}),
-    ("R6", {"recall": 0.0}), ("I2", {"recall": 4.0}), ("I3", {"norm": "pre"}),
-    ("I5", {"norm": "pre", "recalls": ("internal",)}), ("I5", {"recalls": ("none",)}),
+    ("R6", {"norm": "pre"}), ("R6", {"recall": 0.0}), ("I2", {"recall": 4.0}),
+    ("I3", {"norm": "pre"}), ("I5", {"recalls": ("none",)}),
     ("G1", {"norm": "pre"}), ("G2", {"norm": "pre"}), ("G3", {"norm": "pre"}),
     ("G4", {"recalls": ("external", "internal")}), ("G5", {"norm": "pre"})])
 def test_wrong_variant_fails(name, wrong):

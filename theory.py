@@ -26,9 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import looped
-
 # ---- what the claims share -----------------------------------------------------------------------
-
 Row = namedtuple("Row", "claim what predicted measured tolerance passed note")
 CLAIMS, SECONDS = {}, {}    # id -> function(seed, quick, **variant) -> [Row]; its seconds
 NORMS, RECALLS = ("pre", "peri", "outer", "sandwich"), ("none", "external", "internal")
@@ -103,13 +101,10 @@ def slope(x, y):
 
 class Loop:
     """f(h): one turn of a float64 model on states [B, L D], for embedded inputs e [B, L, D]."""
-
     def __init__(self, model, e):
         self.model, self.e, self.start, self.r = model, e, e.flatten(1), model.recall(e)
-
     def __call__(self, h):
         return self.model.step(h.view(self.e.shape), self.r).flatten(1)
-
     def on(self, e):
         """The same model on other inputs."""
         return Loop(self.model, e.view(-1, *self.e.shape[1:]))
@@ -140,9 +135,7 @@ def sensitivity(f, marks, seed):
     h, up, down = states(around, marks).chunk(3, 1)         # their differences are good to 1e-10
     up_N, down_N = (N(t.unflatten(2, f.e.shape[1:])).flatten(2) for t in (up, down))
     return h, (up - down) / (2 * small), (up_N - down_N) / (2 * small)
-
 # ---- reachability --------------------------------------------------------------------------------
-
 def scalar_loop(recall, x, y):
     """The toy with state weight x, input weight 1 and block F(u) = y u: a, b of s' = a s + b e."""
     return {"none": (1 + y, 0 * y), "external": ((1 + y) * x, 1 + y),
@@ -175,7 +168,6 @@ def r2(seed, quick, norms=("pre", "peri")):
     Below 1 orbits stay in a ball (convergent or not), above 1 they grow at the rate log rho(W_h).
     """
     marks = range(150, 300) if quick else range(350, 700)   # 1.5^700 = 1e123: finite when squared
-
     def growth(norm, rho):
         f = untrained(seed, norm, "external", quick, 2, rho=rho)
         return slope(marks, states(f, marks).norm(dim=-1).log()).abs().max()
@@ -247,7 +239,6 @@ def r5(seed, quick, norm="outer", recall=1.0):
     """
     draw, M, n, D = rng(seed), 8 if quick else 30, 16, 16
     A, w, start = draw(M, D, D), N(draw(M, n, D)), N(draw(2, M, n, D))
-
     def run(r, rho, norm=norm, recall=recall):      # -> share reached, 2 limits, Lipschitz quotient
         B = A * (rho / radius(A))[:, None, None]
         u = recall * r * w * torch.linalg.matrix_norm(B, 2)[:, None, None]
@@ -278,7 +269,6 @@ def r6(seed, quick, norm="outer", recall=1.0):
     """
     n, theta = 16 if quick else 64, 0.8
     turn = complex(math.cos(theta), math.sin(theta))
-
     def run(D, beta):                   # -> share reached, what s(mu) moves by, least first move
         e, start = N(rng(seed)(2, n, D))
 
@@ -295,9 +285,7 @@ def r6(seed, quick, norm="outer", recall=1.0):
         yield f"D = {D}, beta 5 % above the threshold: share reached", "=", 1, above
     yield "D = 8, beta 5 % below: the fixed point exists, moves by", "=", 0, exists, 1e-12
     yield "control: no recall, least move of a state", "=", edge, run(D, 0)[2], 1e-12
-
 # ---- input-dependence ----------------------------------------------------------------------------
-
 @claim("I1", 3)
 def i1(seed, quick):
     """Fixed points are isolated for almost all weights, hence countable.
@@ -408,7 +396,6 @@ def i4(seed, quick, norms=("pre", "peri"), recalls=("none", "internal")):
     """
     top, models = (400, 3) if quick else (1600, 5)
     marks = [top // 8, top // 4, top // 2, top]
-
     def power(i, norm, recall):
         _, _, d = sensitivity(untrained(10 * seed + i, norm, recall, quick, 4), marks, seed)
         return slope([math.log(k) for k in marks], d.norm(dim=-1).log().mean(1))
@@ -429,7 +416,6 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
     def limit(f):
         h, residual = rest(f, f.start, 1500)
         return h if residual.max() < 1e-9 else h * math.nan
-
     def differences(f, v, small=1e-4):
         return (limit(f.on(f.start + small * v)) - limit(f.on(f.start - small * v))) / (2 * small)
     for recall in recalls:
@@ -444,9 +430,7 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
     limits = (differences(untrained(10 * seed + i, norm, "none", quick, 1), v) for i in range(9))
     memory = next((d.norm() / v.norm() for d in limits if d.isfinite().all()), math.nan)
     yield "control: no recall, |dh*/de v| / |v| where at rest", "<=", 1e-6, memory
-
 # ---- geometry ------------------------------------------------------------------------------------
-
 @claim("G1", 1)
 def g1(seed, quick, norm="outer"):
     """RMSNorm: DN(u) = diag(g) (I - u u^T / (D sigma^2)) / sigma, sigma^2 = |u|^2 / D + eps.
@@ -489,7 +473,6 @@ def g2(seed, quick, norm="outer"):
     begins with a norm divides by |h_K| and hides that: measured with and without it.
     """
     k, K = (60, 120) if quick else (100, 200)
-
     def run(norm, recall, head=False, **options):
         """-> Loop, rate of |dl/dh_0| from k to K, dl/dW at both, h_K, dl/dh_K; l = <c, read(h)>."""
         f = untrained(seed, norm, recall, quick, 1, **options)
@@ -646,9 +629,7 @@ def grid(seed, quick):
             test = "inputs at rest that share a limit", "=", 0, sum(still) - sum(limits)
         yield (f"{norm} + {recall}, {test[0]}", *test[1:], 0,
                "  ".join(f"{name} {spread(v)[2]}" for name, v in zip(names, columns)))
-
 # ---- the same measurements on a trained model ----------------------------------------------------
-
 def growth(f, s, steps=50):
     """An estimate of rho(J) at s [B, n] for large n: growth of |J^k v| a loop, k > steps / 2."""
     v, small, sizes = torch.ones_like(s), 1e-5, []
@@ -676,7 +657,6 @@ def measure(path, inputs=256, loops=300, seed=0):
     model, f, x, y, short, s = trained(path, inputs)
     report, few, n = data.progress(f"{path}, step"), f.on(f.e[:8]), short.start.shape[1]
     found = {"run": str(path), "cell": f"{model.cfg.recall} recall, {model.cfg.norm} norm"}
-
     def note(what, *values):
         found[what] = [float(v) for v in values]
     h, residual = rest(f, f.start, loops)               # 1; a cosine would not tell (R3)
@@ -715,9 +695,7 @@ def measure(path, inputs=256, loops=300, seed=0):
     note("7 exact, weights x (1 + 0, 5, 10, 20 % noise)", *exact)
     report(3, 3)
     return found
-
 # ---- figures, table, command line ----------------------------------------------------------------
-
 @contextmanager
 def canvas(folder, name, rows, columns, width, height):
     """-> axes [rows, columns] of a figure that is written to folder/name.png at the end."""
@@ -782,7 +760,6 @@ def claims_table(args):
     if wrong := [name for name in names if name not in CLAIMS]:
         raise looped.LoopedError(f"--only {wrong[0]}: no such claim; one of {' '.join(CLAIMS)}")
     report, total = data.progress("seconds of work"), sum(SECONDS[name] for name in names)
-
     def show(r):
         print(f"{r.claim:4} {r.what:62} {r.predicted:>10} {r.measured:>10} {r.tolerance:>6} "
               f"{'PASS' if r.passed else 'FAIL'}  {r.note}".rstrip(), flush=True)
