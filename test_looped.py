@@ -769,12 +769,14 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("recall, norm", [
     ("internal", "outer"), ("none", "pre"), ("external", "gru")])
-def test_measurements_of_a_run(tmp_path, recall, norm):
+def test_measurements_of_a_run(tmp_path, capsys, recall, norm):
     cfg = looped.Config(bits=6, hard_bits=8, n_train=8, n_val=8, n_test=8, n_hard=8, width=16,
                         heads=2, recall=recall, norm=norm, recall_gain=8.0)
     best = looped.LoopedTransformer(cfg).state_dict()
     torch.save({"config": asdict(cfg), "best": best}, tmp_path / "ckpt.pt")
-    found = theory.measure(tmp_path, loops=300)
+    assert theory.main(["--ckpt", str(tmp_path), "--json", str(tmp_path / "table.json")]) == 0
+    found, = json.loads((tmp_path / "table.json").read_text())
+    assert f"| {tmp_path.name} |  | " in capsys.readouterr().out.splitlines()[-1]
     assert len({k[0] for k in found if k[0].isdigit()}) == 7
     rested, = found["1 share of inputs at rest"]
     moved_from_new, moved_from_old = found["4 input swapped: from its limit; from the old one"]

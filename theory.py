@@ -786,6 +786,16 @@ def trained_table(args):
             values = [value] if isinstance(value, str) else [f"{v:.3g}" for v in value]
             print(f"{what:52}", *values)
         print(flush=True)
+    print("| run | hard | at rest | residual | over two loops | distinct limits | rho(J*) | swapped: "
+          "new, old input |\n" + "|---" * 8 + "|")
+    for r in results:
+        one = {what[:3]: values for what, values in reversed(r.items())}    # the first of each kind
+        exact, (rest, two) = Path(r["run"], "eval.json"), r["1 residual; over two loops"]
+        hard = (f"{list(json.loads(exact.read_text())['hard'].values())[-1]['exact']:.2f}"
+                if exact.exists() else "")
+        print(f"| {Path(r['run']).name} | {hard} | {r['1 share of inputs at rest'][0]:.0%} | "
+              f"{rest:.0e} | {two:.0e} | {one['3 d'][0]:.0f} | {max(one['2 r']):.2f} | "
+              "{:.0e}, {:.0e} |".format(*one["4 i"]))
     return results, 0
 
 def main(argv=None):
