@@ -118,7 +118,7 @@ TASK_DEFAULTS = {
     "chess": BOARD | dict(n_train=16000, n_hard=500), "sudoku": BOARD | dict(n_train=40000),
     "sudoku 4": dict(n_train=20000, n_hard=256, width=64, loops=16, steps=1600, batch=128,
                      eval_loops=64),
-    "sudoku 6": dict(n_train=20000, n_hard=256, width=64, steps=1500, batch=64, eval_loops=128)}
+    "sudoku 6": dict(n_train=20000, n_hard=256, width=64, steps=3000, batch=64, eval_loops=128)}
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e-4, decay="step",
              warmup=160, steps=1600, eval_loops=500, positions="relative")     # 100 epochs
 PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=10000, n_hard=10000)
@@ -612,7 +612,7 @@ def run(given):
     log(out, facts, "\n".join((" ".join(f"{k}={v}" for k, v in (facts | asdict(cfg)).items()
         if k != "config"), model.task.show(sets["train"].x[0], sets["train"].y[0]))))
     if device == "cpu" and not cfg.window and math.prod(model.task.grid) > 36:
-        print("note: a CPU needs hours for this, a GPU minutes; a laptop: --task sudoku --side 4")
+        print("note: a CPU needs hours for this, a GPU minutes; a laptop: --task sudoku --side 6")
     sets = {k: tuple(torch.as_tensor(t, dtype=torch.long, device=device) for t in (p.x, p.y))
             for k, p in sets.items()}
     if cfg.compile == "on" or cfg.compile == "auto" and device == "cuda":
