@@ -197,7 +197,7 @@ class PrefixSums(Task):
     hard_bits: int = 512
     positions: str = "absolute"
     name, vocab, classes, window, rope_base = "prefix_sums", 3, 2, 5, 1e4
-    symbols, size, chance = "01", "ones", ".5 of the sums are right by guessing"
+    symbols, size, chance = "01", "ones", "half of the sums would be right"
     def __post_init__(self):
         for flag in ("bits", "hard_bits"):
             if getattr(self, flag) < 1:
@@ -373,7 +373,7 @@ class Sudoku(Task):
         if self.side not in BOX:
             raise DataError(f"--side {self.side}: choose 4, 6 or 9")
         n = self.side                           # class 0 is never a label
-        chance = f"blank cells are counted, 1/{n} of them are right by guessing"
+        chance = f"1/{n} of the blank cells (those that count as tokens) would be right"
         vars(self).update(grid=(n, n), box=BOX[n], vocab=n + 1, classes=n + 1, chance=chance)
     def scored(self, x):
         return x == 0
@@ -535,7 +535,7 @@ class Chess(Task):
     """
     name, symbols, size, vocab, classes, grid = "chess", ".PNBRQKpnbrqk", "pieces", 13, 2, (8, 8)
     columns, limits = ("FEN", "Moves", "Rating"), (1601, 2000)
-    chance = ".969 of the squares are right when nothing is marked"
+    chance = ".969 of the squares would be right, with nothing marked"
     kinds = {"mates in one": {"numbers": (20, 0)}, "mates in two": {"numbers": (0, 2)}}
     def predict(self, logits):
         """The two squares with the largest mark logit; logits [B, 64, 2] -> labels [B, 64]."""

@@ -478,7 +478,7 @@ def report(cfg, model, sets):
     print(title + "\nloops " + "| exact  token residual residual2  |h|/|h1| " * 2)
     for t in counts:
         print(f"{t:5} " + form.format(**result["easy"][t]) + form.format(**result["hard"][t]))
-    print(*lines, sep="\n")
+    print(*lines, f"by chance {model.task.chance}", sep="\n")
     return result | {"config": asdict(cfg), "eval_minutes": (time.time() - began) / 60}
 
 def plot(groups, path):
