@@ -157,7 +157,7 @@ def geometry(grid, window, head_dim, base, device, dtype):
     seen = (keys[:, None] >= first[..., None]) & (keys[:, None] < first[..., None] + window)
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -math.inf)[:, None]
     if len(queries) == 1:
-        return *rope, None, None, mask.to(device)
+        return *rope, None, None, mask[0].to(device)
     return *rope, queries.to(device), keys.clamp(max=L - 1).to(device), mask.to(device)
 
 @torch.compiler.assume_constant_result      # torch.compile ignores the cache and would make it anew
@@ -180,14 +180,12 @@ class Attention(nn.Module):
         a, b = self.qk_norm(qkv[:, :, :2]).chunk(2, -1)
         qk = torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(qkv.dtype)
         q, k, v = *qk.unbind(2), qkv[:, :, 2]
-        if queries is None:
-            q, k, v = (t[:, None] for t in (q, k, v))
-        else:
+        if queries is not None:
             q, k, v = (t.index_select(1, i.flatten()).unflatten(1, i.shape)
                        for t, i in ((q, queries), (k, keys), (v, keys)))
-        q, k, v = (t.transpose(2, 3) for t in (q, k, v))                    # [B, n, H, C|K, D/H]
-        o = F.scaled_dot_product_attention(q, k, v, mask).transpose(2, 3).flatten(1, 2)[:, :L]
-        return self.out(o.reshape(B, L, D))
+        q, k, v = (t.transpose(-3, -2) for t in (q, k, v))                  # [B, n, H, C|K, D/H]
+        o = F.scaled_dot_product_attention(q, k, v, mask).transpose(-3, -2)
+        return self.out(o.reshape(B, -1, D)[:, :L])
 
 class Block(nn.Module):
     """The two sub-layers and their norms; LoopedTransformer.step puts them together."""
@@ -386,6 +384,7 @@ def train(cfg, model, sets, out, state=None, until=None):
         for part, key in ((model, "model"), (judged, "average"), (opt, "optimizer")):
             part.load_state_dict(state[key])
         rng.set_state(state["rng"].cpu())
+        carry = carry and {k: t.to(device) for k, t in carry.items()}
     if cfg.train == "carry" and (not carry or WORLD > 1):   # several processes start fresh puzzles
         (x, y), age = fresh(), torch.arange(RANK, cfg.batch, WORLD, device=device)
         carry = {"x": x, "y": y, "h": model.embed(x).detach(), "age": age * cfg.loops // cfg.batch}
