@@ -28,7 +28,6 @@ RANK, WORLD = (int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE"
 # ---- config: the only place of options; the command line is made from it -------------------------
 class LoopedError(data.DataError): """A request that cannot be met, in one line. Exit code 2."""
 class RunFailed(LoopedError): """Work that was begun and failed, in one line. Exit code 1."""
-
 def refuse(*cases):
     for wrong, message in cases:
         if wrong:
@@ -59,9 +58,9 @@ class Config:
     inject: str = opt("linear", "how it comes in: W_h h + W_e e, or h + e", "linear", "add")
     norm: str = opt("outer", "where the norm stands", "pre", "peri", "outer", "sandwich", "gru")
     recall_gain: float = opt(1.0, "scales W_e at the start (linear only)", low=1e-9)
-    embed_rms: float = opt(0.65, "root mean square of the embedding at the start", low=1e-9)
+    embed_rms: float = opt(0.65, "root mean square of the tokens' embedding at the start", low=1e-9)
     # training
-    train: str = opt("carry", "which loss, see below", "carry", "progressive")
+    train: str = opt("carry", "hand states on, or the paper's loss", "carry", "progressive")
     loops: int = opt(None, "loops that a puzzle gets in training (carry: in whole steps)", low=1)
     grad_loops: int = opt(3, "carry: loops per step, all with gradient", low=1)
     steps: int = opt(None, "optimiser steps", low=1)
@@ -69,7 +68,7 @@ class Config:
     lr: float = opt(1e-3, "learning rate after the warm-up", low=1e-9)
     decay: str = opt("linear", "then: linearly to 0, or x0.1 after 0.6 of it", "linear", "step")
     warmup: int = opt(50, "steps of warm-up", low=0)
-    weight_decay: float = opt(0.01, "of AdamW, on matrices only", low=0)
+    weight_decay: float = opt(0.01, "of AdamW, on all but vectors", low=0)
     clip: float = opt(1.0, "largest gradient norm", low=1e-9)
     ema: float = opt(0.0, "decay of a moving average of the weights; 0 = off", low=0)
     # evaluation
@@ -82,7 +81,7 @@ class Config:
     # system
     seed: int = opt(0, "of data, weights and batches", low=0)
     device: str = opt("auto", "where to compute", "auto", "cuda", "mps", "cpu")
-    dtype: str = opt("auto", "autocast (auto: bf16 on cuda)", "auto", "fp32", "bf16")
+    dtype: str = opt("auto", "autocast in training (auto: bf16 on cuda)", "auto", "fp32", "bf16")
     compile: str = opt("auto", "torch.compile the step (auto: on cuda)", "auto", "on", "off")
     minutes: float = opt(0.0, "stop training after so many minutes, resumably; 0 = no limit", low=0)
     out: str = opt("", "folder of the run; if empty, out/ and a name made of the main options")
@@ -110,7 +109,6 @@ class Config:
     def make_task(self):
         task = data.TASKS[self.task]
         return replace(task, **{f.name: getattr(self, f.name) for f in fields(task)})
-
 BOARD = dict(n_hard=1000, width=128, window=0, loops=30, steps=8000, batch=256, eval_loops=500)
 TASK_DEFAULTS = {
     "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=21, steps=800, batch=100,
@@ -143,7 +141,7 @@ def geometry(grid, window, head_dim, base, device, dtype):
     [n, 1, C, K]: windowed attention in n chunks of C queries, with the K = C + window - 1 keys that
     their windows cover: O(L) work; no queries and keys for a single chunk, no mask without window.
     """
-    L, k = math.prod(grid), head_dim // (2 * len(grid))
+    L, k, window = math.prod(grid), head_dim // (2 * len(grid)), min(window, math.prod(grid))
     freq = base ** (-torch.arange(k, dtype=torch.float64) / k)
     axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angle = torch.cat([p.flatten()[:, None] * freq for p in axes], -1)[:, None, None]
@@ -159,7 +157,6 @@ def geometry(grid, window, head_dim, base, device, dtype):
     if len(queries) == 1:
         return *rope, None, None, mask[0].to(device)
     return *rope, queries.to(device), keys.clamp(max=L - 1).to(device), mask.to(device)
-
 @torch.compiler.assume_constant_result      # torch.compile ignores the cache and would make it anew
 def positions(*key): return geometry(*key)
 
@@ -341,8 +338,7 @@ def progressive_loss(model, cfg, x, y, rng):
     k = torch.randint(1, cfg.loops - n + 1, (), generator=rng, device=rng.device).item()
     with torch.no_grad():
         h = model(x, n)[1] if n else None       # n = 0: h_0 = e keeps its gradient
-    logits, _ = model(x, k, h)
-    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+    return F.cross_entropy(model(x, k, h)[0].flatten(0, 1).float(), y.flatten())
 # ---- checkpoints and the training loop -----------------------------------------------------------
 def read_checkpoint(path, device="cpu"):
     """A run's folder or its ckpt.pt -> state, model with its best weights. Raises LoopedError."""
@@ -358,7 +354,6 @@ def read_checkpoint(path, device="cpu"):
 def load(path, device="cpu"):
     """A run's folder or checkpoint -> (model, cfg), with the weights that the run is judged by."""
     return (model := read_checkpoint(path, device)[1]), model.cfg
-
 def learning_rate(cfg, step):
     """linear: up over `warmup` steps, then down to 0. step: 1 - exp(-t/warmup), x0.1 after 60 %."""
     ramp, share = (step + 1) / max(1, cfg.warmup), step / cfg.steps
@@ -372,18 +367,19 @@ def train(cfg, model, sets, out, state=None, until=None):
     bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda"
     rng = torch.Generator(device).manual_seed(cfg.seed)
     judged = copy.deepcopy(model) if cfg.ema else model     # the moving average, if there is one
-    opt = torch.optim.AdamW([{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix],
-                              "weight_decay": cfg.weight_decay * matrix} for matrix in (1, 0)],
-                            fused=device.type != "mps")
+    both = [[p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": both[0], "weight_decay": cfg.weight_decay}, {"params":
+                                  both[1], "weight_decay": 0.0}], fused=device.type != "mps")
     def fresh():        # each of torchrun's processes takes its slice of the same batch
         pick = torch.randint(len(x_all), (cfg.batch,), generator=rng, device=device)
         return [t[RANK::WORLD] for t in model.task.augment(x_all[pick], y_all[pick], rng)]
     past = state or {"step": 0, "seconds": 0.0, "best": None, "best_val": -1.0, "carry": None}
     seconds, best, best_val, carry = (past[k] for k in ("seconds", "best", "best_val", "carry"))
     if state:
-        for part, key in ((model, "model"), (judged, "average"), (opt, "optimizer")):
+        for part, key in ((model, "model"), (judged, "average"), (optimizer, "optimizer")):
             part.load_state_dict(state[key])
-        rng.set_state(state["rng"].cpu())
+        if state["rng"].shape == rng.get_state().shape:     # a GPU's generator is of another kind
+            rng.set_state(state["rng"].cpu())
         carry = carry and {k: t.to(device) for k, t in carry.items()}
     if cfg.train == "carry" and (not carry or WORLD > 1):   # several processes start fresh puzzles
         (x, y), age = fresh(), torch.arange(RANK, cfg.batch, WORLD, device=device)
@@ -393,7 +389,7 @@ def train(cfg, model, sets, out, state=None, until=None):
     try:
         for done in range(past["step"] + 1, cfg.steps + 1):
             tick, lr = time.time(), learning_rate(cfg, done - 1)
-            for group in opt.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 if cfg.train == "carry":
@@ -409,21 +405,22 @@ def train(cfg, model, sets, out, state=None, until=None):
                     torch.distributed.all_reduce(t.div_(WORLD))
                 asked = [True] * int(stop > 0)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            opt.step(), opt.zero_grad()
+            optimizer.step(), optimizer.zero_grad()
             if cfg.ema:
                 for a, p in zip(judged.parameters(), model.parameters()):
                     a.data.lerp_(p.data, 1 - min(cfg.ema, done / (done + 10)))
-            spent, ticks = spent + time.time() - tick, ticks + 1
             look = done % cfg.eval_every == 0 or done == cfg.steps
             stop = asked and done < cfg.steps
+            last = loss.item() if look or stop else 0.0     # waits for a GPU, so the time is right
+            spent, ticks = spent + time.time() - tick, ticks + 1
             if look:
                 val = evaluate(judged, *sets["val"], [cfg.loops])[cfg.loops]
-            if (look or stop) and not math.isfinite(loss.item() + (val["residual"] if look else 0)):
-                raise RunFailed(f"step {done} is not finite (loss {loss.item():.3g}): lower --lr; "
+            if not math.isfinite(last + (val["residual"] if look else 0)):
+                raise RunFailed(f"step {done} is not finite (loss {last:.3g}): lower --lr; "
                                 f"the last good checkpoint stays in {out}")
             if look:
                 ms, spent, ticks, seconds = 1e3 * spent / ticks, 0, 0, seconds + spent
-                now = dict(step=done, loss=loss.item(), exact=val["exact"], norm=norm.item())
+                now = dict(step=done, loss=last, exact=val["exact"], norm=norm.item())
                 log(out, now | {"lr": lr, "ms": ms}, "step {step:6d} | loss {loss:.4f} | val exact "
                     "{exact:.3f} | gradient norm {norm:7.3f} | ".format(**now) + f"lr {lr:.1e} | "
                     f"{ms:5.0f} ms a step | {data.clock(ms / 1e3 * (cfg.steps - done))} left")
@@ -432,9 +429,10 @@ def train(cfg, model, sets, out, state=None, until=None):
             if look or stop:
                 best = best or {k: v.detach().clone() for k, v in judged.state_dict().items()}
                 torch.save({"config": asdict(cfg), "best": best, "best_val": best_val, "step": done,
-                            "seconds": seconds + spent, "model": model.state_dict(), "carry":
-                            carry if WORLD == 1 else None, "average": judged.state_dict(), "rng":
-                            rng.get_state(), "optimizer": opt.state_dict()}, buffer := io.BytesIO())
+                            "seconds": seconds + spent, "model": model.state_dict(), "rng":
+                            rng.get_state(), "average": judged.state_dict(), "optimizer":
+                            optimizer.state_dict(), "carry": carry if WORLD == 1 else None},
+                           buffer := io.BytesIO())
                 if RANK == 0:
                     data.write_atomic(out / "ckpt.pt", buffer.getvalue())
             if stop:
@@ -444,17 +442,15 @@ def train(cfg, model, sets, out, state=None, until=None):
         return True
     finally:
         signal.signal(signal.SIGINT, ctrl_c)
-
 def log(out, record, text):
+    print(text, flush=True)
     if RANK == 0:
-        print(text, flush=True)
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
 # ---- results -------------------------------------------------------------------------------------
 def wilson(rate, n, z=1.96):        # 95 % interval of a rate seen in n trials (Wilson, 1927)
     middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
+    return max(0.0, middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 LEVELS = {"easy": "C0o-", "hard": "C1s-"}   # and how they are drawn
 def report(cfg, model, sets):
     """Print accuracy and motion against loops, easy beside hard, and halting -> result."""
@@ -462,11 +458,11 @@ def report(cfg, model, sets):
     result, began, title, lines = {"halting": {}}, time.time(), "\n      ", []
     form = "| {exact:5.3f} {token:6.4f} {residual:8.1e} {residual2:9.1e} {norm_ratio:9.3g} "
     for level in LEVELS:
-        (x, y), watch = sets[level], data.progress(f"evaluating {level}")
-        r = result[level] = evaluate(model, x, y, counts, watch)
+        (x, y), tell = sets[level], data.progress(f"evaluating {level}")
+        r = result[level] = evaluate(model, x, y, counts, tell)
         logits, used, rest = solve(model, x[:32], cfg.tol, counts[-1])
         right = (model.task.predict(logits) == y[:32]).all(-1)
-        exact, loops, rest = (t.double().mean().item() for t in (right, used, rest))
+        exact, loops, rest = (t.cpu().double().mean().item() for t in (right, used, rest))
         result["halting"][level] = {"exact": exact, "loops": loops, "settled": rest, "n": len(used)}
         title += "| %-43s" % (f"{level}: %d puzzles of %d tokens" % x.shape)
         low, high = wilson(last := r[counts[-1]]["exact"], len(x))
@@ -586,18 +582,19 @@ def run(given):
     cfg, device, state = configure(given)
     if cfg.table:
         return table(cfg.table, cfg.out)
-    if WORLD > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     torch.manual_seed(cfg.seed)
-    model, old = LoopedTransformer(cfg).to(device), Path(cfg.resume)
+    model, old = LoopedTransformer(cfg), Path(cfg.resume)
     if cfg.watch and cfg.puzzle:
         return watch(cfg, load(old)[0], cfg.puzzle, *model.task.parse(cfg.puzzle))
     sets = data.splits(model.task, cfg.seed, cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard,
                        cfg.data or None)
     if cfg.watch:
         return watch(cfg, load(old)[0], "", sets["hard"].x[0], sets["hard"].y[0])
+    if WORLD > 1:       # of several processes one speaks
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     home = old if old.is_dir() else old.parent if old.name == "ckpt.pt" else Path("out", old.stem)
     out = Path(given.get("out") or (home if state else
                f"out/{cfg.task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}"))
@@ -614,12 +611,16 @@ def run(given):
         print("note: a CPU needs hours for this, a GPU minutes; a laptop: --task sudoku --side 6")
     sets = {k: tuple(torch.as_tensor(t, dtype=torch.long, device=device) for t in (p.x, p.y))
             for k, p in sets.items()}
+    model.to(device)
     if cfg.compile == "on" or cfg.compile == "auto" and device == "cuda":
+        torch._dynamo.config.recompile_limit = 64       # one graph for each shape, with and without
         LoopedTransformer.step = torch.compile(LoopedTransformer.step, dynamic=False)
     if unfinished := not state or state.get("step", 0) < cfg.steps:
-        if not train(cfg, model, sets, out, state) or RANK:
+        if not train(cfg, model, sets, out, state):
             return
         state = read_checkpoint(out, device)[0]
+    if RANK:
+        return
     model.load_state_dict(state["best"])
     result = report(cfg, model.eval(), sets) | {"parameters": facts["parameters"], "steps":
              state.get("step"), "minutes": state.get("seconds", 0) / 60}
@@ -636,8 +637,8 @@ def main(argv=None):
         code, message = 1 if isinstance(e, RunFailed) else 2, e
     except OSError as e:
         code, message = 2, f"{e.filename or 'writing'}: {e.strerror}; free it or give another --out"
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "memory" not in str(e):
+    except (MemoryError, RuntimeError) as e:        # torch raises the latter on a CPU
+        if type(e) is RuntimeError and "allocate memory" not in str(e):
             raise
         code, message = 1, f"out of memory: lower --batch, --width or --n_train ({str(e):.60})"
     except KeyboardInterrupt:

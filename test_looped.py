@@ -19,7 +19,8 @@ import theory
 
 torch.set_num_threads(1)
 TINY = dict(bits=12, hard_bits=24, width=16, heads=2, n_train=64, n_val=8, n_test=8, n_hard=8,
-            steps=6, batch=8, loops=4, grad_loops=2, eval_loops=4, eval_every=2, warmup=2)
+            steps=6, batch=8, loops=4, grad_loops=2, eval_loops=4, eval_every=2, warmup=2,
+            device="cpu")
 NORMS, RECALLS = ("pre", "peri", "outer", "sandwich", "gru"), ("none", "external", "internal")
 
 def tiny(**options):
