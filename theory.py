@@ -786,8 +786,8 @@ def trained_table(args):
             values = [value] if isinstance(value, str) else [f"{v:.3g}" for v in value]
             print(f"{what:52}", *values)
         print(flush=True)
-    print("| run | hard | at rest | residual | over two loops | distinct limits | rho(J*) | swapped: "
-          "new, old input |\n" + "|---" * 8 + "|")
+    print("| run | hard | at rest | residual | over two loops | distinct limits | rho(J*) | "
+          "swapped: new, old input |\n" + "|---" * 8 + "|")
     for r in results:
         one = {what[:3]: values for what, values in reversed(r.items())}    # the first of each kind
         exact, (rest, two) = Path(r["run"], "eval.json"), r["1 residual; over two loops"]
