@@ -52,7 +52,7 @@ class Config:
     width: int = opt(None, "D, channels of the state", low=1)
     heads: int = opt(4, "attention heads", low=1)
     window: int = opt(None, "tokens that a token attends to, odd; 0 = all", low=0)
-    positions: str = opt("absolute", "start token, marked cells; or RoPE only", "absolute", "relative")
+    positions: str = opt("absolute", "with start token or embedded cells", "absolute", "relative")
     blocks: int = opt(1, "untied blocks a loop (fixed depth: 15, --loops 1, --recall none)", low=1)
     recall: str = opt("internal", "where the input comes in again", "none", "external", "internal")
     inject: str = opt("linear", "how it comes in: W_h h + W_e e, or h + e", "linear", "add")
