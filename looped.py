@@ -180,7 +180,7 @@ class Attention(nn.Module):
         if queries is not None:
             q, k, v = (t.index_select(1, i.flatten()).unflatten(1, i.shape)
                        for t, i in ((q, queries), (k, keys), (v, keys)))
-        q, k, v = (t.transpose(-3, -2) for t in (q, k, v))                  # [B, n, H, C|K, D/H]
+        q, k, v = (t.transpose(-3, -2) for t in (q, k, v))                # [B, (n,) H, C|K, D/H]
         o = F.scaled_dot_product_attention(q, k, v, mask).transpose(-3, -2)
         return self.out(o.reshape(B, -1, D)[:, :L])
 
@@ -367,9 +367,10 @@ def train(cfg, model, sets, out, state=None, until=None):
     bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda"
     rng = torch.Generator(device).manual_seed(cfg.seed)
     judged = copy.deepcopy(model) if cfg.ema else model     # the moving average, if there is one
-    both = [[p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
-    optimizer = torch.optim.AdamW([{"params": both[0], "weight_decay": cfg.weight_decay}, {"params":
-                                  both[1], "weight_decay": 0.0}], fused=device.type != "mps")
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": vectors, "weight_decay": 0.0}],
+                                  weight_decay=cfg.weight_decay, fused=device.type != "mps")
     def fresh():        # each of torchrun's processes takes its slice of the same batch
         pick = torch.randint(len(x_all), (cfg.batch,), generator=rng, device=device)
         return [t[RANK::WORLD] for t in model.task.augment(x_all[pick], y_all[pick], rng)]
@@ -426,15 +427,14 @@ def train(cfg, model, sets, out, state=None, until=None):
                     f"{ms:5.0f} ms a step | {data.clock(ms / 1e3 * (cfg.steps - done))} left")
                 if val["exact"] >= best_val:    # the latest of the best; the hard set has no say
                     best_val, best = val["exact"], None
-            if look or stop:
+            if (look or stop) and RANK == 0:
                 best = best or {k: v.detach().clone() for k, v in judged.state_dict().items()}
                 torch.save({"config": asdict(cfg), "best": best, "best_val": best_val, "step": done,
                             "seconds": seconds + spent, "model": model.state_dict(), "rng":
                             rng.get_state(), "average": judged.state_dict(), "optimizer":
                             optimizer.state_dict(), "carry": carry if WORLD == 1 else None},
                            buffer := io.BytesIO())
-                if RANK == 0:
-                    data.write_atomic(out / "ckpt.pt", buffer.getvalue())
+                data.write_atomic(out / "ckpt.pt", buffer.getvalue())
             if stop:
                 print(f"stopped after step {done}; go on with: "
                       f"python looped.py --resume {shlex.quote(str(out))}")
@@ -613,7 +613,7 @@ def run(given):
             for k, p in sets.items()}
     model.to(device)
     if cfg.compile == "on" or cfg.compile == "auto" and device == "cuda":
-        torch._dynamo.config.recompile_limit = 64       # one graph for each shape, with and without
+        torch._dynamo.config.recompile_limit = 64       # a graph for each shape and grad mode
         LoopedTransformer.step = torch.compile(LoopedTransformer.step, dynamic=False)
     if unfinished := not state or state.get("step", 0) < cfg.steps:
         if not train(cfg, model, sets, out, state):
