@@ -584,12 +584,14 @@ def run(given):
         return table(cfg.table, cfg.out)
     torch.manual_seed(cfg.seed)
     model, old = LoopedTransformer(cfg), Path(cfg.resume)
+    if cfg.watch:
+        model.load_state_dict(state["best"])
     if cfg.watch and cfg.puzzle:
-        return watch(cfg, load(old)[0], cfg.puzzle, *model.task.parse(cfg.puzzle))
+        return watch(cfg, model, cfg.puzzle, *model.task.parse(cfg.puzzle))
     sets = data.splits(model.task, cfg.seed, cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard,
                        cfg.data or None)
     if cfg.watch:
-        return watch(cfg, load(old)[0], "", sets["hard"].x[0], sets["hard"].y[0])
+        return watch(cfg, model, "", sets["hard"].x[0], sets["hard"].y[0])
     if WORLD > 1:       # of several processes one speaks
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
         if device == "cuda":

@@ -718,12 +718,26 @@ def test_claim_about_the_real_block_holds(name):
     ("R1", {"judge": "external"}), ("R2", {"norms": ("outer",)}), ("R3", {"norms": ("outer",)}),
     ("R4", {"recall": 5.0}), ("R5", {"norm": "pre"}), ("R5", {"recall": 0.0}),
     ("R6", {"norm": "pre"}), ("R6", {"recall": 0.0}), ("I2", {"recall": 4.0}),
-    ("I3", {"norm": "pre"}), ("I5", {"recalls": ("none",)}),
+    ("I3", {"norm": "pre"}), ("I4", {"norms": ("outer",)}), ("I5", {"recalls": ("none",)}),
     ("G1", {"norm": "pre"}), ("G2", {"norm": "pre"}), ("G3", {"norm": "pre"}),
     ("G4", {"recalls": ("external", "internal")}), ("G5", {"norm": "pre"})])
 def test_wrong_variant_fails(name, wrong):
     wrongs = failed(theory.CLAIMS[name](0, quick=True, **wrong))
     assert any("control" not in r.what for r in wrongs)
+
+def test_the_grid_fails_without_the_outer_norm(monkeypatch):
+    def untrained(seed, norm, *rest, real=theory.untrained):
+        return real(seed, "pre", *rest)
+    monkeypatch.setattr(theory, "untrained", untrained)
+    assert {r.what.split(",")[0] for r in failed(theory.CLAIMS["grid"](0, quick=True))} >= {
+        "outer + internal"}
+
+def test_sensitivity_is_the_chain_rule_through_the_loops():
+    f, v = theory.untrained(3, "outer", "internal", True, 2), theory.rng(3)(2, 5 * 32)
+    h, d, _ = theory.sensitivity(f, (1, 7), 3)
+    J = theory.jacobian(lambda e: theory.states(f.on(e), (7,))[0], f.start)
+    exact = (J @ F.normalize(v)[..., None])[..., 0]
+    assert torch.allclose(d[1], exact, rtol=1e-6) and not torch.allclose(d[0], exact, rtol=1e-2)
 
 def test_tools():
     assert theory.row("x", "", "=", 0, float("nan"), 9.0).passed is False
