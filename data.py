@@ -240,9 +240,6 @@ class PrefixSums(Task):
             if y is not None:
                 lines.append("sums  " + "".join(self.paint(i, y, paint) for i in some))
         return "\n".join(lines)
-    def answer(self, text, y):
-        wrong = (self.parse(text)[1] != np.asarray(y))[-len("".join(text.split())):]
-        return f"{wrong.sum()} of {len(wrong)} sums are wrong" if wrong.any() else "solved"
     def read(self, text):
         p = self.puzzles(self.tokens("".join(text.split()) or " ", self.symbols)[None])
         return p.x[0], p.y[0]

@@ -65,7 +65,7 @@ class Config:
     grad_loops: int = opt(3, "carry: loops per step, all with gradient", low=1)
     steps: int = opt(None, "optimiser steps", low=1)
     batch: int = opt(None, "puzzles per step", low=1)
-    lr: float = opt(1e-3, "learning rate after the warm-up", low=1e-9)
+    lr: float = opt(None, "learning rate after the warm-up", low=1e-9)
     decay: str = opt("linear", "then: linearly to 0, or x0.1 after 0.6 of it", "linear", "step")
     warmup: int = opt(50, "steps of warm-up", low=0)
     weight_decay: float = opt(0.01, "of AdamW, on all but vectors", low=0)
@@ -109,14 +109,14 @@ class Config:
     def make_task(self):
         task = data.TASKS[self.task]
         return replace(task, **{f.name: getattr(self, f.name) for f in fields(task)})
-BOARD = dict(n_hard=1000, width=128, window=0, loops=30, steps=8000, batch=256, eval_loops=500)
+BOARD = dict(n_train=20000, n_hard=256, width=64, window=0, loops=30, steps=16000, batch=64,
+             lr=2e-3, eval_loops=256)
 TASK_DEFAULTS = {
     "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=21, steps=800, batch=100,
-                        eval_loops=500),
-    "chess": BOARD | dict(n_train=16000, n_hard=500), "sudoku": BOARD | dict(n_train=40000),
-    "sudoku 4": dict(n_train=20000, n_hard=256, width=64, loops=16, steps=1600, batch=128,
-                     eval_loops=64),
-    "sudoku 6": dict(n_train=20000, n_hard=256, width=64, steps=3000, batch=64, eval_loops=128)}
+                        lr=1e-3, eval_loops=500),
+    "sudoku": BOARD, "chess": BOARD | dict(n_train=16000, steps=8000),
+    "sudoku 4": dict(loops=16, steps=1600, batch=128, lr=1e-3, eval_loops=64),
+    "sudoku 6": dict(steps=3000, eval_loops=128)}
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e-4, decay="step",
              warmup=160, steps=1600, eval_loops=500, positions="relative")     # 100 epochs
 PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=10000, n_hard=10000)
@@ -609,8 +609,6 @@ def run(given):
              "commit": subprocess.getoutput(git), "config": asdict(cfg)}
     log(out, facts, "\n".join((" ".join(f"{k}={v}" for k, v in (facts | asdict(cfg)).items()
         if k != "config"), model.task.show(sets["train"].x[0], sets["train"].y[0]))))
-    if device == "cpu" and not cfg.window and math.prod(model.task.grid) > 36:
-        print("note: a CPU needs hours for this, a GPU minutes; a laptop: --task sudoku --side 6")
     sets = {k: tuple(torch.as_tensor(t, dtype=torch.long, device=device) for t in (p.x, p.y))
             for k, p in sets.items()}
     model.to(device)
