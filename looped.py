@@ -12,7 +12,7 @@ of "Stability and Generalization in Looped Transformers" (arXiv 2604.15259); ind
 letters   x token ids [B, L]   y labels [B, L]   e embedded input [B, L, D]   h state [B, L, D]
           B batch, L tokens, D width, H heads    N(u) = g * u / rms(u) for each token, g learned
           W_h acts on the state h, W_e on the input e (called Wx and Wh in the paper's code)
-differs   carry_loss, a start token or embedded cells (--positions absolute), QK-norm before RoPE
+beyond    the paper: carry_loss; a start token or embedded cells (--positions absolute); QK-norm
 """
 import argparse, copy, functools, glob, io, itertools, json, math, platform  # noqa: E401
 import os, re, shlex, signal, subprocess, sys, time  # noqa: E401
@@ -61,14 +61,14 @@ class Config:
     embed_rms: float = opt(0.65, "root mean square of the tokens' embedding at the start", low=1e-9)
     # training
     train: str = opt("carry", "hand states on, or the paper's loss", "carry", "progressive")
-    loops: int = opt(None, "loops that a puzzle gets in training (carry: in whole steps)", low=1)
+    loops: int = opt(None, "loops of a puzzle in training (carry: in whole steps)", low=1)
     grad_loops: int = opt(3, "carry: loops per step, all with gradient", low=1)
     steps: int = opt(None, "optimiser steps", low=1)
     batch: int = opt(None, "puzzles per step", low=1)
     lr: float = opt(None, "learning rate after the warm-up", low=1e-9)
     decay: str = opt("linear", "then: linearly to 0, or x0.1 after 0.6 of it", "linear", "step")
     warmup: int = opt(50, "steps of warm-up", low=0)
-    weight_decay: float = opt(0.01, "of AdamW, on all but vectors", low=0)
+    weight_decay: float = opt(0.01, "of AdamW, on parameters of two axes or more", low=0)
     clip: float = opt(1.0, "largest gradient norm", low=1e-9)
     ema: float = opt(0.0, "decay of a moving average of the weights; 0 = off", low=0)
     # evaluation
@@ -119,7 +119,7 @@ TASK_DEFAULTS = {
     "sudoku 6": dict(steps=3000, eval_loops=128)}
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e-4, decay="step",
              warmup=160, steps=1600, eval_loops=500, positions="relative")     # 100 epochs
-PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=10000, n_hard=10000)
+PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
 RESUMABLE = set("steps hard_bits n_test n_hard lr clip eval_loops eval_every tol device dtype "
                 "compile minutes out resume watch puzzle table preset".split())    # may change
 # ---- the parts: norm, rotary positions, attention ------------------------------------------------
@@ -134,12 +134,12 @@ class RMSNorm(nn.Module):
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)        # made during an evaluation, it may be used in training later
-def geometry(grid, window, head_dim, base, device, dtype):
+def geometry(grid, window, heads, head_dim, base, device, dtype):
     """What attention needs to know of positions; it depends on shapes alone, so it is made once.
     -> cos, sin [L, 1, 1, head_dim / 2]: n-D RoPE; the token at p on an axis turns pair j of that
     axis by p * base^(-j / k), k = head_dim / (2 * axes). -> queries [n, C], keys [n, K], mask
-    [n, 1, C, K]: windowed attention in n chunks of C queries, with the K = C + window - 1 keys that
-    their windows cover: O(L) work; no queries and keys for a single chunk, no mask without window.
+    [n * heads, C, K]: windowed attention in n chunks of C queries, with the K = C + window - 1 keys
+    that their windows cover: O(L) work. No queries, keys for a single chunk, no mask for no window.
     """
     L, k, window = math.prod(grid), head_dim // (2 * len(grid)), min(window, math.prod(grid))
     freq = base ** (-torch.arange(k, dtype=torch.float64) / k)
@@ -153,12 +153,11 @@ def geometry(grid, window, head_dim, base, device, dtype):
     first = (queries - window // 2).clamp(0, L - window)    # at the ends the window shifts inwards
     keys = first[:, :1] + torch.arange(min(C + window - 1, L))
     seen = (keys[:, None] >= first[..., None]) & (keys[:, None] < first[..., None] + window)
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -math.inf)[:, None]
-    if len(queries) == 1:
-        return *rope, None, None, mask[0].to(device)
-    return *rope, queries.to(device), keys.clamp(max=L - 1).to(device), mask.to(device)
-@torch.compiler.assume_constant_result      # torch.compile ignores the cache and would make it anew
-def positions(*key): return geometry(*key)
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -math.inf).to(device)
+    some = (queries.to(device), keys.clamp(max=L - 1).to(device)) if len(keys) > 1 else (None, None)
+    return *rope, *some, mask.repeat_interleave(heads, 0)
+def constant_geometry(*key):        # torch.compile freezes it into the graph: no weights in here
+    return geometry(*key)
 
 class Attention(nn.Module):
     """Multi-head self-attention, full or windowed, with QK-RMSNorm and then RoPE (so: relative)."""
@@ -171,8 +170,9 @@ class Attention(nn.Module):
     def forward(self, u):
         B, L, D = u.shape
         grid = self.grid if len(self.grid) > 1 else (L,)    # strings may be longer than in training
-        cos, sin, queries, keys, mask = positions(
-            grid, self.window, D // self.heads, self.rope_base, u.device, self.qk_norm.weight.dtype)
+        cos, sin, queries, keys, mask = constant_geometry(
+            grid, self.window, self.heads, D // self.heads, self.rope_base, u.device,
+            self.qk_norm.weight.dtype)
         qkv = self.qkv(u).view(B, L, 3, self.heads, -1)                     # [B, L, 3, H, D/H]
         a, b = self.qk_norm(qkv[:, :, :2]).chunk(2, -1)
         qk = torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(qkv.dtype)
@@ -180,9 +180,9 @@ class Attention(nn.Module):
         if queries is not None:
             q, k, v = (t.index_select(1, i.flatten()).unflatten(1, i.shape)
                        for t, i in ((q, queries), (k, keys), (v, keys)))
-        q, k, v = (t.transpose(-3, -2) for t in (q, k, v))                # [B, (n,) H, C|K, D/H]
-        o = F.scaled_dot_product_attention(q, k, v, mask).transpose(-3, -2)
-        return self.out(o.reshape(B, -1, D)[:, :L])
+        q, k, v = (t.transpose(-3, -2).flatten(1, -3) for t in (q, k, v))   # [B, n H, C|K, D/H]
+        o = F.scaled_dot_product_attention(q, k, v, mask).unflatten(1, (-1, self.heads))
+        return self.out(o.transpose(-3, -2).reshape(B, -1, D)[:, :L])
 
 class Block(nn.Module):
     """The two sub-layers and their norms; LoopedTransformer.step puts them together."""
@@ -231,7 +231,7 @@ class LoopedTransformer(nn.Module):
         recall, norm = self.cfg.recall, self.cfg.norm
         for block in self.blocks:
             if recall == "external":
-                h = self.W_h(h) + r                         # h <- W_h h + W_e e
+                h = (self.W_h(h) + r).to(h.dtype)           # h <- W_h h + W_e e
             for sublayer in (block.attn, block.mlp):
                 u = h if norm == "outer" else block.norm_in(h)
                 if recall == "internal":
@@ -242,7 +242,8 @@ class LoopedTransformer(nn.Module):
                 elif norm == "peri":
                     h = h + block.norm_out(f)               # h + N(F(N(h)))
                 elif norm == "gru":                         # GRUCell(N(F(N(h))), h)
-                    h = block.gru(block.norm_out(f).flatten(0, 1), h.flatten(0, 1)).view_as(h)
+                    f = block.gru(block.norm_out(f).flatten(0, 1), h.flatten(0, 1))
+                    h = f.view_as(h).to(h.dtype)
                 else:
                     h = block.norm_out(h + f)               # N(h + F(h)); sandwich N(h + F(N(h)))
         return h
@@ -261,8 +262,8 @@ class LoopedTransformer(nn.Module):
 def moved(new, old):
     """States [B, L, D] -> [B]: how far a puzzle moved, max over tokens of |new - old| / |old|."""
     return ((new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-30)).amax(-1)
-def chunk(x):       # how many of the puzzles x [N, L] fit the caches of a CPU, or a GPU's memory
-    return max(1, (4096 if x.device.type == "cpu" else 2 ** 19) // x.shape[1])
+def chunk_size(x):  # how many of the puzzles x [N, L] fit the caches of a CPU, or a GPU's memory
+    return max(1, (4096 if x.device.type == "cpu" else 2 ** 17) // x.shape[1])
 
 @torch.inference_mode()
 def evaluate(model, x, y, loops, progress=lambda done, total: None):
@@ -272,7 +273,7 @@ def evaluate(model, x, y, loops, progress=lambda done, total: None):
         same for h_{t+2} (small where residual is not: a two-cycle); "norm_ratio": |h_t| / |h_1|}}
     """
     refuse((min(loops) < 1, f"loop counts start at 1, not {min(loops)}"))
-    total, size = {t: torch.zeros(5, dtype=torch.float64) for t in loops}, chunk(x)
+    total, size = {t: torch.zeros(5, dtype=torch.float64) for t in loops}, chunk_size(x)
     for done, (xb, yb) in enumerate(zip(x.split(size), y.split(size)), 1):
         h = model.embed(xb)
         r, scored, past = model.recall(h), model.task.scored(xb), {}
@@ -291,14 +292,13 @@ def evaluate(model, x, y, loops, progress=lambda done, total: None):
     return {t: dict(zip(("exact", "token", "residual", "residual2", "norm_ratio"),
                         (total[t] / len(x)).tolist())) for t in loops}
 
-@torch.compiler.set_stance("force_eager")   # the shapes shrink: not worth compiling again and again
 @torch.inference_mode()
 def solve(model, x, tol=1e-3, max_loops=2000):
     """Adaptive halting: each puzzle of x [N, L] loops until none of its tokens moves more than tol.
     -> logits [N, L, classes], loops used [N], settled [N] (False: max_loops was not enough).
     """
     results = []
-    for xb in x.split(chunk(x)):
+    for xb in x.split(chunk_size(x)):
         e = model.embed(xb)
         h, r, active = e.clone(), model.recall(e), torch.arange(len(e), device=x.device)
         used, settled = torch.full_like(active, max_loops), torch.zeros_like(active).bool()
@@ -364,11 +364,11 @@ def train(cfg, model, sets, out, state=None, until=None):
     """Train on sets["train"], saving out/ckpt.pt; state: a checkpoint to go on from, on a CPU bit
     for bit. -> False if stopped (`until` steps, minutes, Ctrl-C). RunFailed: loss not finite."""
     (x_all, y_all), device, began = sets["train"], sets["train"][0].device, time.time()
-    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda"
+    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda" and
+                                   torch.cuda.is_bf16_supported(False))     # natively
     rng = torch.Generator(device).manual_seed(cfg.seed)
     judged = copy.deepcopy(model) if cfg.ema else model     # the moving average, if there is one
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    decayed, vectors = ([p for p in model.parameters() if (p.dim() > 1) == b] for b in (1, 0))
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": vectors, "weight_decay": 0.0}],
                                   weight_decay=cfg.weight_decay, fused=device.type != "mps")
     def fresh():        # each of torchrun's processes takes its slice of the same batch
@@ -392,7 +392,7 @@ def train(cfg, model, sets, out, state=None, until=None):
             tick, lr = time.time(), learning_rate(cfg, done - 1)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 if cfg.train == "carry":
                     loss, carry = carry_loss(model, cfg, carry, fresh())
                 else:
@@ -426,7 +426,7 @@ def train(cfg, model, sets, out, state=None, until=None):
                     "{exact:.3f} | gradient norm {norm:7.3f} | ".format(**now) + f"lr {lr:.1e} | "
                     f"{ms:5.0f} ms a step | {data.clock(ms / 1e3 * (cfg.steps - done))} left")
                 if val["exact"] >= best_val:    # the latest of the best; the hard set has no say
-                    best_val, best = val["exact"], None
+                    best_val, best = val["exact"], None     # copied when it is saved
             if (look or stop) and RANK == 0:
                 best = best or {k: v.detach().clone() for k, v in judged.state_dict().items()}
                 torch.save({"config": asdict(cfg), "best": best, "best_val": best_val, "step": done,
@@ -460,7 +460,8 @@ def report(cfg, model, sets):
     for level in LEVELS:
         (x, y), tell = sets[level], data.progress(f"evaluating {level}")
         r = result[level] = evaluate(model, x, y, counts, tell)
-        logits, used, rest = solve(model, x[:32], cfg.tol, counts[-1])
+        with torch.compiler.set_stance("force_eager"):      # its shapes shrink: not worth compiling
+            logits, used, rest = solve(model, x[:32], cfg.tol, counts[-1])
         right = (model.task.predict(logits) == y[:32]).all(-1)
         exact, loops, rest = (t.cpu().double().mean().item() for t in (right, used, rest))
         result["halting"][level] = {"exact": exact, "loops": loops, "settled": rest, "n": len(used)}
@@ -584,14 +585,12 @@ def run(given):
         return table(cfg.table, cfg.out)
     torch.manual_seed(cfg.seed)
     model, old = LoopedTransformer(cfg), Path(cfg.resume)
-    if cfg.watch:
-        model.load_state_dict(state["best"])
     if cfg.watch and cfg.puzzle:
-        return watch(cfg, model, cfg.puzzle, *model.task.parse(cfg.puzzle))
+        return watch(cfg, load(old)[0], cfg.puzzle, *model.task.parse(cfg.puzzle))
     sets = data.splits(model.task, cfg.seed, cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard,
                        cfg.data or None)
     if cfg.watch:
-        return watch(cfg, model, "", sets["hard"].x[0], sets["hard"].y[0])
+        return watch(cfg, load(old)[0], "", sets["hard"].x[0], sets["hard"].y[0])
     if WORLD > 1:       # of several processes one speaks
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
         if device == "cuda":
@@ -613,10 +612,11 @@ def run(given):
             for k, p in sets.items()}
     model.to(device)
     if cfg.compile == "on" or cfg.compile == "auto" and device == "cuda":
-        torch._dynamo.config.recompile_limit = 64       # a graph for each shape and grad mode
+        torch._dynamo.config.cache_size_limit = 64      # a graph for each shape and grad mode
+        torch.compiler.assume_constant_result(constant_geometry)
         LoopedTransformer.step = torch.compile(LoopedTransformer.step, dynamic=False)
     if unfinished := not state or state.get("step", 0) < cfg.steps:
-        if not train(cfg, model, sets, out, state):
+        if not train(cfg, model, sets, out, state) or RANK:
             return
         state = read_checkpoint(out, device)[0]
     if RANK:
@@ -637,8 +637,8 @@ def main(argv=None):
         code, message = 1 if isinstance(e, RunFailed) else 2, e
     except OSError as e:
         code, message = 2, f"{e.filename or 'writing'}: {e.strerror}; free it or give another --out"
-    except (MemoryError, RuntimeError) as e:        # torch raises the latter on a CPU
-        if type(e) is RuntimeError and "allocate memory" not in str(e):
+    except (MemoryError, RuntimeError) as e:    # allocate: what torch says of a CPU's memory
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
         code, message = 1, f"out of memory: lower --batch, --width or --n_train ({str(e):.60})"
     except KeyboardInterrupt:

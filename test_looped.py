@@ -158,6 +158,24 @@ def test_relative_positions_do_not_show_the_place_in_a_run_of_equal_tokens(task,
         same_everywhere = torch.allclose(h, h[:1].expand_as(h), atol=1e-9)
         assert same_everywhere == (positions == "relative")
 
+def test_the_compiled_step_is_one_graph_for_a_shape_and_the_eager_step():
+    boards = {"task": "sudoku", "side": 4, "window": 0}
+    for options, L in (({"bits": 99}, 100), (boards, 16), ({"norm": "gru"}, 13)):
+        model, graphs = model_of(**options), []
+        def backend(graph, inputs):
+            graphs.append(str(graph.graph))
+            attention, = (n for n in graph.graph.nodes if "scaled_dot" in str(n.target))
+            assert attention.meta["example_value"].dim() == 4   # 5: inductor of 2.13 fuses wrongly
+            return graph
+        torch._dynamo.reset()
+        torch.compiler.assume_constant_result(looped.constant_geometry)
+        step = torch.compile(looped.LoopedTransformer.step, fullgraph=True, dynamic=False,
+                             backend=backend)
+        for B in (2, 2, 3):
+            h, r = torch.randn(2, B, L, 16).double()
+            assert torch.allclose(step(model, h, r), model.step(h, r), atol=1e-12)
+        assert len(graphs) == 2 and "get_attr[target=constant_geometry" in graphs[0]
+
 @pytest.mark.parametrize("recall", RECALLS)
 def test_without_recall_the_input_acts_through_h_0_alone(recall):
     model, e = model_of(recall=recall), torch.randn(2, 9, 16).double().requires_grad_()
@@ -367,6 +385,16 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(where, name, home, capsys, 
         assert "No space" in fails(capsys, argv) and Path("RUN/ckpt.pt").read_bytes() == raw
     assert {p.name for p in Path("RUN").iterdir()} == {"ckpt.pt", "log.jsonl"}
     assert looped.main(argv) == 0 and Path("RUN/ckpt.pt").read_bytes() != raw       # control
+
+@pytest.mark.parametrize("norm, recall", (("outer", "internal"), ("pre", "external")))
+def test_bf16_trains_with_a_state_in_fp32(tmp_path, norm, recall):
+    losses = []
+    for dtype in ("fp32", "bf16"):
+        cfg = tiny(norm=norm, recall=recall, dtype=dtype, eval_every=1)
+        state, _, *log = train(cfg, tmp_path / dtype)
+        assert state["carry"]["h"].dtype == torch.float32
+        losses.append([r["loss"] for r in log])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[0] != losses[1]
 
 def test_several_processes_take_the_steps_of_one(tmp_path):
     argv, losses = flags(eval_every=1), []
