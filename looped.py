@@ -293,10 +293,10 @@ def evaluate(model, x, y, loops, progress=lambda done, total: None):
                         (total[t] / len(x)).tolist())) for t in loops}
 
 @torch.inference_mode()
-def solve(model, x, tol=1e-3, max_loops=2000):
+def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
     """Adaptive halting: each puzzle of x [N, L] loops until none of its tokens moves more than tol.
     -> logits [N, L, classes], loops used [N], settled [N] (False: max_loops was not enough).
-    """
+    h <- (1 - damping) step(h) + damping h has the same fixed points, but fewer flips round them."""
     results = []
     for xb in x.split(chunk_size(x)):
         e = model.embed(xb)
@@ -304,7 +304,7 @@ def solve(model, x, tol=1e-3, max_loops=2000):
         used, settled = torch.full_like(active, max_loops), torch.zeros_like(active).bool()
         for t in range(1, max_loops + 1):
             old = h[active]
-            h[active] = new = model.step(old, None if r is None else r[active])
+            h[active] = new = model.step(old, None if r is None else r[active]).lerp(old, damping)
             rest = moved(new, old) < tol
             used[active[rest]], settled[active[rest]] = t, True
             active = active[~rest]
