@@ -397,7 +397,8 @@ def i4(seed, quick, norms=("pre", "peri")):
     log k and still looks input-dependent after hundreds of loops. Outer norm forgets exponentially
     (I3), internal recall less or not at all. At width 32; at 64 the powers are half as large.
     """
-    marks, models, t = (50, 100, 200, 400), 8 if quick else 16, 2       # t standard errors
+    models, t, top = (8, 2, 200) if quick else (16, 2, 400)             # t standard errors
+    marks = [top // 8, top // 4, top // 2, top]
     def powers(norm, recall):           # of k, of each model
         runs = (sensitivity(untrained(models * seed + i, norm, recall, True, 16), marks, seed)[2]
                 for i in range(models))
