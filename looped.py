@@ -460,8 +460,7 @@ def report(cfg, model, sets):
     for level in LEVELS:
         (x, y), tell = sets[level], data.progress(f"evaluating {level}")
         r = result[level] = evaluate(model, x, y, counts, tell)
-        with torch.compiler.set_stance("force_eager"):      # its shapes shrink: not worth compiling
-            logits, used, rest = solve(model, x[:32], cfg.tol, counts[-1])
+        logits, used, rest = solve(model, x[:32], cfg.tol, counts[-1])
         right = (model.task.predict(logits) == y[:32]).all(-1)
         exact, loops, rest = (t.cpu().double().mean().item() for t in (right, used, rest))
         result["halting"][level] = {"exact": exact, "loops": loops, "settled": rest, "n": len(used)}
@@ -615,6 +614,7 @@ def run(given):
         torch._dynamo.config.cache_size_limit = 64      # a graph for each shape and grad mode
         torch.compiler.assume_constant_result(constant_geometry)
         LoopedTransformer.step = torch.compile(LoopedTransformer.step, dynamic=False)
+        globals()["solve"] = torch.compiler.set_stance("force_eager")(solve)    # its shapes shrink
     if unfinished := not state or state.get("step", 0) < cfg.steps:
         if not train(cfg, model, sets, out, state) or RANK:
             return
