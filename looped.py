@@ -614,13 +614,13 @@ def run(given):
         torch._dynamo.config.cache_size_limit = 64      # a graph for each shape and grad mode
         torch.compiler.assume_constant_result(constant_geometry)
         LoopedTransformer.step = torch.compile(LoopedTransformer.step, dynamic=False)
-        globals()["solve"] = torch.compiler.set_stance("force_eager")(solve)    # its shapes shrink
-    if unfinished := not state or state.get("step", 0) < cfg.steps:
-        if not train(cfg, model, sets, out, state) or RANK:
-            return
-        state = read_checkpoint(out, device)[0]
-    if RANK:
+        global solve
+        solve = torch.compiler.set_stance("force_eager")(solve)         # its shapes shrink
+    unfinished = not state or state.get("step", 0) < cfg.steps
+    if unfinished and not train(cfg, model, sets, out, state) or RANK:
         return
+    if unfinished:
+        state = read_checkpoint(out, device)[0]
     model.load_state_dict(state["best"])
     result = report(cfg, model.eval(), sets) | {"parameters": facts["parameters"], "steps":
              state.get("step"), "minutes": state.get("seconds", 0) / 60}
