@@ -32,8 +32,8 @@ def refuse(*cases):
     for wrong, message in cases:
         if wrong:
             raise LoopedError(message)
-def opt(default, help, *choices, low=None):
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+def opt(default, help, *choices, low=None, top=None):
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, top=top))
 
 @dataclass
 class Config:
@@ -70,16 +70,17 @@ class Config:
     warmup: int = opt(50, "steps of warm-up", low=0)
     weight_decay: float = opt(0.01, "of AdamW, on parameters of two axes or more", low=0)
     clip: float = opt(1.0, "largest gradient norm", low=1e-9)
-    ema: float = opt(0.0, "decay of a moving average of the weights; 0 = off", low=0)
+    ema: float = opt(0.0, "decay of a moving average of the weights; 0 = off", low=0, top=1)
     # evaluation
     eval_loops: int = opt(None, "largest loop count of the final table", low=1)
     eval_every: int = opt(100, "steps between validations", low=1)
     tol: float = opt(1e-3, "a puzzle is at rest when its residual falls below this", low=1e-9)
+    damping: float = opt(None, "d in halting, h <- (1 - d) step(h) + d h: flips less", low=0, top=1)
     watch: bool = opt(False, "with --resume: print the prediction for one puzzle, loop by loop")
     puzzle: str = opt("", "the puzzle to watch: bits, a board with . for blanks, or a FEN")
     table: str = opt("", "print a table of finished runs, say 'out/*'; with --out, plot it there")
     # system
-    seed: int = opt(0, "of data, weights and batches", low=0)
+    seed: int = opt(0, "of data, weights and batches", low=0, top=2 ** 63)
     device: str = opt("auto", "where to compute", "auto", "cuda", "mps", "cpu")
     dtype: str = opt("auto", "autocast in training (auto: bf16 on cuda)", "auto", "fp32", "bf16")
     compile: str = opt("auto", "torch.compile the step (auto: on cuda)", "auto", "on", "off")
@@ -93,8 +94,8 @@ class Config:
         for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, (own | small).get(f.name))
-            value, choices, low = getattr(self, f.name), f.metadata["choices"], f.metadata["low"]
-            top = {"ema": 1, "seed": 2 ** 63}.get(f.name, 10 ** 8 if f.type is int else math.inf)
+            value, (_, choices, low, top) = getattr(self, f.name), f.metadata.values()
+            top = top or (10 ** 8 if f.type is int else math.inf)
             refuse((choices and value not in choices, f"--{f.name} {value}: unknown; choose one of "
                     + ", ".join(filter(None, choices))),
                    (low is not None and not low <= value < top,
@@ -110,18 +111,18 @@ class Config:
         task = data.TASKS[self.task]
         return replace(task, **{f.name: getattr(self, f.name) for f in fields(task)})
 BOARD = dict(n_train=20000, n_hard=256, width=64, window=0, loops=30, steps=16000, batch=64,
-             lr=2e-3, eval_loops=256)
+             lr=2e-3, eval_loops=256, damping=0.25)
 TASK_DEFAULTS = {
     "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=21, steps=800, batch=100,
-                        lr=1e-3, eval_loops=500),
+                        lr=1e-3, eval_loops=500, damping=0.0),
     "sudoku": BOARD, "chess": BOARD | dict(n_train=16000, steps=8000),
     "sudoku 4": dict(loops=16, steps=1600, batch=128, lr=1e-3, eval_loops=64),
     "sudoku 6": dict(steps=3000, eval_loops=128)}
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e-4, decay="step",
              warmup=160, steps=1600, eval_loops=500, positions="relative")     # 100 epochs
 PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
-RESUMABLE = set("steps hard_bits n_test n_hard lr clip eval_loops eval_every tol device dtype "
-                "compile minutes out resume watch puzzle table preset".split())    # may change
+RESUMABLE = set("steps hard_bits n_test n_hard lr clip eval_loops eval_every tol damping device "
+    "dtype compile minutes out resume watch puzzle table preset".split())    # may change
 # ---- the parts: norm, rotary positions, attention ------------------------------------------------
 class RMSNorm(nn.Module):
     """N(u) = g * u / rms(u) over the last axis; in fp32 (or fp64), also under autocast."""
@@ -304,8 +305,8 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
         used, settled = torch.full_like(active, max_loops), torch.zeros_like(active).bool()
         for t in range(1, max_loops + 1):
             old = h[active]
-            h[active] = new = model.step(old, None if r is None else r[active]).lerp(old, damping)
-            rest = moved(new, old) < tol
+            new = model.step(old, None if r is None else r[active])
+            h[active], rest = new.lerp(old, damping), moved(new, old) < tol
             used[active[rest]], settled[active[rest]] = t, True
             active = active[~rest]
             if len(active) == 0:
@@ -460,7 +461,7 @@ def report(cfg, model, sets):
     for level in LEVELS:
         (x, y), tell = sets[level], data.progress(f"evaluating {level}")
         r = result[level] = evaluate(model, x, y, counts, tell)
-        logits, used, rest = solve(model, x[:32], cfg.tol, counts[-1])
+        logits, used, rest = solve(model, x[:32], cfg.tol, counts[-1], cfg.damping)
         right = (model.task.predict(logits) == y[:32]).all(-1)
         exact, loops, rest = (t.cpu().double().mean().item() for t in (right, used, rest))
         result["halting"][level] = {"exact": exact, "loops": loops, "settled": rest, "n": len(used)}
@@ -527,8 +528,8 @@ def watch(cfg, model, text, x, y):
     e = model.embed(torch.as_tensor(x, dtype=torch.long)[None])
     h, r, before = e, model.recall(e), None
     for t in range(1, 2 * cfg.eval_loops + 1):
-        h, old = model.step(h, r), h
-        rest = moved(h, old).item()
+        new = model.step(h, r)
+        h, rest = new.lerp(h, cfg.damping), moved(new, h).item()
         if t & (t - 1) and rest >= cfg.tol and t < 2 * cfg.eval_loops:
             continue
         now = model.task.predict(model.readout(h))[0].numpy()
@@ -619,8 +620,7 @@ def run(given):
     unfinished = not state or state.get("step", 0) < cfg.steps
     if unfinished and not train(cfg, model, sets, out, state) or RANK:
         return
-    if unfinished:
-        state = read_checkpoint(out, device)[0]
+    state = read_checkpoint(out, device)[0] if unfinished else state
     model.load_state_dict(state["best"])
     result = report(cfg, model.eval(), sets) | {"parameters": facts["parameters"], "steps":
              state.get("step"), "minutes": state.get("seconds", 0) / 60}

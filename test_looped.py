@@ -261,6 +261,9 @@ def test_solve_lets_each_puzzle_rest_by_itself_and_reports_those_that_never_do()
     model.step = lambda h, r: -h            # a two-cycle is no fixed point
     assert not looped.solve(model, x, max_loops=9)[2].any()
     assert looped.solve(model, x, max_loops=9, damping=0.5)[2].all()        # its fixed point is 0
+    model.step = lambda h, r: 1.05 * h      # small damped moves are no rest either
+    assert not looped.solve(model, x, max_loops=9, damping=0.99)[2].any()
+    model.step = lambda h, r: -h
     assert looped.evaluate(model, x, x, [5])[5].items() >= {"residual": 2, "residual2": 0}.items()
 
 # ---- training, resume, checkpoints ---------------------------------------------------------------
@@ -439,7 +442,7 @@ BAD = """--task sudokus; --recall inside; --norm sanwich; --depth 3; --bits 0; -
     --resume RUN --width 32; --resume RUN --task sudoku; --resume RUN --seed 3
     --resume RUN --out OTHER; --resume RUN --watch --puzzle 012; --resume RUN --preset paper
     --resume RUN --steps 2; --recall none --recall_gain 2; --puzzle 01; --n_train 999999999
-    --eval_loops 0""" + (
+    --eval_loops 0; --damping 1""" + (
     "" if torch.cuda.is_available() else "; --device cuda")
 
 @pytest.mark.parametrize("line", [case.strip() for case in re.split(r"[;\n]", BAD)])
