@@ -477,7 +477,7 @@ def test_ctrl_c_saves_and_the_printed_command_finishes_the_same_run_of_fixed_dep
     def cli(*argv):
         return subprocess.Popen([sys.executable, looped.__file__, *argv], text=True, stdout=-1,
                                 stderr=-1, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    argv = flags(blocks=15, loops=1, recall="none", train="progressive", steps=30, eval_every=1)
+    argv = flags(blocks=15, loops=1, recall="none", train="progressive", steps=16, eval_every=1)
     process = cli(*argv, "--out", "cut in two")
     while not (line := process.stdout.readline()).startswith("step "):
         assert line, process.stderr.read()
@@ -486,7 +486,7 @@ def test_ctrl_c_saves_and_the_printed_command_finishes_the_same_run_of_fixed_dep
     assert process.returncode == 0 and not err, err
     again = cli(*shlex.split(re.search(r"python looped.py (--resume .*)", out)[1]))
     out, err = again.communicate(timeout=100)
-    assert again.returncode == 0 and "step     30 | " in out and "hard: " in out, err
+    assert again.returncode == 0 and "step     16 | " in out and "hard: " in out, err
     assert looped.main([*argv, "--out", "whole"]) == 0
     cut, whole = (torch.load(f"{name}/ckpt.pt") for name in ("cut in two", "whole"))
     assert all(same(cut[k], whole[k]) for k in ("model", "best", "optimizer", "rng"))
