@@ -94,8 +94,8 @@ class Config:
         for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, (own | small).get(f.name))
-            value, (_, choices, low, top) = getattr(self, f.name), f.metadata.values()
-            top = top or (10 ** 8 if f.type is int else math.inf)
+            value, choices, low = getattr(self, f.name), f.metadata["choices"], f.metadata["low"]
+            top = f.metadata["top"] or (10 ** 8 if f.type is int else math.inf)
             refuse((choices and value not in choices, f"--{f.name} {value}: unknown; choose one of "
                     + ", ".join(filter(None, choices))),
                    (low is not None and not low <= value < top,
@@ -556,8 +556,8 @@ def parse(argv):
     return vars(parser.parse_args(argv))
 
 def configure(given):
-    """The options that were given -> Config, device, checkpoint to go on from or None."""
-    state = read_checkpoint(given["resume"])[0] if "resume" in given else None
+    """The options that were given -> Config, device, checkpoint and model to resume, or None."""
+    state, best = read_checkpoint(given["resume"]) if "resume" in given else (None, None)
     preset = PAPER if given.get("task", "prefix_sums") == "prefix_sums" else PAPER_BOARD
     base = state["config"] if state else preset if given.get("preset") == "paper" else {}
     cfg, done = Config(**base | given), state.get("step", 0) if state else 0
@@ -576,21 +576,21 @@ def configure(given):
            ("recall_gain" in given and (cfg.recall == "none" or cfg.inject == "add"),
             "--recall_gain scales W_e, which this recall does not have"),
            (cfg.batch % WORLD, f"--batch {cfg.batch}: must be a multiple of {WORLD} processes"))
-    return cfg, device, state
+    return cfg, device, state, best
 
 def run(given):
     """Train, go on, evaluate or watch, as the options say."""
-    cfg, device, state = configure(given)
+    cfg, device, state, best = configure(given)
     if cfg.table:
         return table(cfg.table, cfg.out)
     torch.manual_seed(cfg.seed)
     model, old = LoopedTransformer(cfg), Path(cfg.resume)
     if cfg.watch and cfg.puzzle:
-        return watch(cfg, load(old)[0], cfg.puzzle, *model.task.parse(cfg.puzzle))
+        return watch(cfg, best, cfg.puzzle, *model.task.parse(cfg.puzzle))
     sets = data.splits(model.task, cfg.seed, cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard,
                        cfg.data or None)
     if cfg.watch:
-        return watch(cfg, load(old)[0], "", sets["hard"].x[0], sets["hard"].y[0])
+        return watch(cfg, best, "", sets["hard"].x[0], sets["hard"].y[0])
     if WORLD > 1:       # of several processes one speaks
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
         if device == "cuda":
