@@ -1,650 +1,1204 @@
 """looped.py: looped transformers with recall and outer normalization, in one file.
 
-One transformer block is applied again and again to a state h. Does looping longer at test time
-solve harder problems than those trained on? The answer lies in the fixed points of the loop: are
-they reached, do they depend on the input, are they smooth? After the abstract and the public code
-of "Stability and Generalization in Looped Transformers" (arXiv 2604.15259); independent reading.
+One transformer block is applied again and again to a state. Does looping longer at test time
+solve harder problems than those trained on? The answer lies in the fixed points of the loop:
 
-    python looped.py --task prefix_sums --recall internal    # laptop: train on 32 bits, solve 512
-    python looped.py --task sudoku --side 4                  # laptop: easy boards, then harder ones
-    python looped.py --task chess --preset paper             # GPU: the authors' protocol
+    reachability        does the state come to rest?
+    input-dependence    does the point of rest still depend on the input?
+    geometry            is it smooth in the input, and safe to backpropagate through?
 
-letters   x token ids [B, L]   y labels [B, L]   e embedded input [B, L, D]   h state [B, L, D]
-          B batch, L tokens, D width, H heads    N(u) = g * u / rms(u) for each token, g learned
-          W_h acts on the state h, W_e on the input e (called Wx and Wh in the paper's code)
-beyond    the paper: carry_loss; a start token or embedded cells (--positions absolute); QK-norm
+After the abstract and the public code of "Stability and Generalization in Looped Transformers"
+(arXiv 2604.15259). This is an independent reading, not the authors' code. To run it:
+
+    python looped.py --task prefix_sums --recall internal   # laptop: train on 32 bits, solve 512
+    python looped.py --task chess --preset paper            # GPU: the authors' protocol
+
+The whole idea is in LoopedTransformer.step (where does the input come in again, and where is the
+norm?) and in carry_loss (how to train a loop without unrolling it). Notation:
+
+    x [B, L]     token ids           B  puzzles in a batch     W_h  acts on the state h
+    y [B, L]     labels              L  tokens of a puzzle     W_e  acts on the input e
+    e [B, L, D]  embedded input      D  width                  (the authors' code calls them
+    h [B, L, D]  state               H  attention heads         Wx and Wh, in this order)
+    r [B, L, D]  W_e e: what recall adds in every loop
+    N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
+
+Not in the paper: carry_loss, the start token and cell embeddings (--positions absolute).
 """
-import argparse, copy, functools, glob, io, itertools, json, math, platform  # noqa: E401
-import os, re, shlex, signal, subprocess, sys, time  # noqa: E401
-from dataclasses import asdict, dataclass, field, fields, replace
+import argparse
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
 import data
-RANK, WORLD = (int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
-# ---- config: the only place of options; the command line is made from it -------------------------
-class LoopedError(data.DataError): """A request that cannot be met, in one line. Exit code 2."""
-class RunFailed(LoopedError): """Work that was begun and failed, in one line. Exit code 1."""
-def refuse(*cases):
-    for wrong, message in cases:
-        if wrong:
-            raise LoopedError(message)
-def opt(default, help, *choices, low=None, top=None):
-    return field(default=default, metadata=dict(help=help, choices=choices, low=low, top=top))
+
+if not hasattr(data, "TASKS"):
+    raise ImportError(f"looped.py needs the data.py beside it, but Python found {data.__file__}")
+
+# -----------------------------------------------------------------------------
+# configuration: the only place of options, the command line is made from it
+
+
+class LoopedError(data.DataError):
+    """One line that says what is wrong and what to do.
+
+    exit_code: 2 for a request that cannot be met, 1 for work that failed, 130 for work stopped.
+    """
+
+    def __init__(self, message, exit_code=2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def option(default, help, choices=(), low=None, group=None, tasks=()):
+    """A field of Config: help text, allowed values, least value, and the only tasks that have it.
+
+    Without `low` a number must be positive. `group` opens a new group of the help.
+    """
+    metadata = dict(help=help, choices=choices, low=low, group=group, tasks=tasks)
+    return dataclasses.field(default=default, metadata=metadata)
+
 
 @dataclass
 class Config:
-    """Options of a run; None becomes the task's own default (TASK_DEFAULTS). Raises LoopedError."""
-    # task
-    task: str = opt("prefix_sums", "what to solve", *data.TASKS)
-    data: str = opt("", "puzzles from FILE or TRAIN,TEST instead of generated ones")
-    bits: int = opt(32, "prefix sums: length of the easy strings, those trained on", low=1)
-    hard_bits: int = opt(512, "prefix sums: length of the hard strings", low=1)
-    side: int = opt(9, "sudoku: side of the board: 9, 6 or 4")
-    n_train: int = opt(None, "puzzles to train on", low=1)
-    n_val: int = opt(256, "easy puzzles that pick the checkpoint and do nothing else", low=1)
-    n_test: int = opt(256, "fresh easy puzzles, only reported", low=1)
-    n_hard: int = opt(None, "fresh hard puzzles, only reported", low=1)
+    """Options of a run. None means: the task's own default (see DEFAULTS). Raises LoopedError."""
+
+    # task and data
+    task: str = option("prefix_sums", "what to solve", tuple(data.TASKS), group="task and data")
+    files: str = option(None, "puzzles from FILE or TRAIN,TEST instead of generated ones")
+    bits: int = option(32, "bits of an easy string", tasks=("prefix_sums",))
+    hard_bits: int = option(512, "bits of a hard string", tasks=("prefix_sums",))
+    side: int = option(9, "side of the board", (4, 6, 9), tasks=("sudoku",))
+    marks: str = option("from_to", "the move's squares as two classes, or as one",
+                        ("from_to", "squares"), tasks=("chess",))
+    n_train: int = option(None, "puzzles to train on")
+    n_val: int = option(256, "easy puzzles that pick the checkpoint, and nothing else")
+    n_test: int = option(256, "easy puzzles that are only reported")
+    n_hard: int = option(None, "hard puzzles that are only reported")
+
     # model
-    width: int = opt(None, "D, channels of the state", low=1)
-    heads: int = opt(4, "attention heads", low=1)
-    window: int = opt(None, "tokens that a token attends to, odd; 0 = all", low=0)
-    positions: str = opt("absolute", "with start token or embedded cells", "absolute", "relative")
-    blocks: int = opt(1, "untied blocks a loop (fixed depth: 15, --loops 1, --recall none)", low=1)
-    recall: str = opt("internal", "where the input comes in again", "none", "external", "internal")
-    inject: str = opt("linear", "how it comes in: W_h h + W_e e, or h + e", "linear", "add")
-    norm: str = opt("outer", "where the norm stands", "pre", "peri", "outer", "sandwich", "gru")
-    recall_gain: float = opt(1.0, "scales W_e at the start (linear only)", low=1e-9)
-    embed_rms: float = opt(0.65, "root mean square of the tokens' embedding at the start", low=1e-9)
+    width: int = option(None, "D, channels of the state", group="model")
+    heads: int = option(4, "attention heads")
+    window: int = option(None, "tokens that a token attends to (odd); 0 means all", low=0)
+    positions: str = option("absolute", "start token or cell embeddings, or RoPE alone",
+                            ("absolute", "relative"))
+    blocks: int = option(1, "untied blocks in a loop")
+    recall: str = option("internal", "where the input comes in again",
+                         ("none", "external", "internal"))
+    inject: str = option("linear", "how: W_h h + W_e e, or h + e", ("linear", "add"))
+    norm: str = option("outer", "where the norm stands",
+                       ("pre", "peri", "outer", "sandwich", "gru"))
+    recall_gain: float = option(1.0, "scales W_e at the start (linear only)")
+    embed_rms: float = option(0.65, "rms of the token embedding at the start")
+
     # training
-    train: str = opt("carry", "hand states on, or the paper's loss", "carry", "progressive")
-    loops: int = opt(None, "loops of a puzzle in training (carry: in whole steps)", low=1)
-    grad_loops: int = opt(3, "carry: loops per step, all with gradient", low=1)
-    steps: int = opt(None, "optimiser steps", low=1)
-    batch: int = opt(None, "puzzles per step", low=1)
-    lr: float = opt(None, "learning rate after the warm-up", low=1e-9)
-    decay: str = opt("linear", "then: linearly to 0, or x0.1 after 0.6 of it", "linear", "step")
-    warmup: int = opt(50, "steps of warm-up", low=0)
-    weight_decay: float = opt(0.01, "of AdamW, on parameters of two axes or more", low=0)
-    clip: float = opt(1.0, "largest gradient norm", low=1e-9)
-    ema: float = opt(0.0, "decay of a moving average of the weights; 0 = off", low=0, top=1)
+    train: str = option("carry", "the loss: hand states on, or the paper's",
+                        ("carry", "progressive"), group="training")
+    loops: int = option(None, "loops that a puzzle gets in training")
+    grad_loops: int = option(3, "carry: loops in a step, all with gradient")
+    steps: int = option(None, "optimizer steps")
+    batch: int = option(None, "puzzles in a step")
+    lr: float = option(None, "learning rate after the warm-up")
+    decay: str = option("linear", "linear to 0, or x0.1 after 60 % of the steps",
+                        ("linear", "step"))
+    warmup: int = option(50, "steps of warm-up", low=0)
+    weight_decay: float = option(0.01, "of AdamW, on matrices only", low=0)
+    clip: float = option(1.0, "largest norm of the gradient")
+
     # evaluation
-    eval_loops: int = opt(None, "largest loop count of the final table", low=1)
-    eval_every: int = opt(100, "steps between validations", low=1)
-    tol: float = opt(1e-3, "a puzzle is at rest when its residual falls below this", low=1e-9)
-    damping: float = opt(None, "d in halting, h <- (1 - d) step(h) + d h: flips less", low=0, top=1)
-    watch: bool = opt(False, "with --resume: print the prediction for one puzzle, loop by loop")
-    puzzle: str = opt("", "the puzzle to watch: bits, a board with . for blanks, or a FEN")
-    table: str = opt("", "print a table of finished runs, say 'out/*'; with --out, plot it there")
+    eval_loops: int = option(None, "largest loop count of the table", group="evaluation")
+    eval_every: int = option(100, "steps from one validation to the next")
+    tol: float = option(1e-3, "converged: the state moves less than this")
+    damping: float = option(None, "d in halting: h <- (1 - d) step(h) + d h", low=0)
+    watch: bool = option(False, "with --resume: show how one puzzle is solved")
+    puzzle: str = option(None, "the puzzle to watch: bits, a board with . for blanks, a FEN")
+
     # system
-    seed: int = opt(0, "of data, weights and batches", low=0, top=2 ** 63)
-    device: str = opt("auto", "where to compute", "auto", "cuda", "mps", "cpu")
-    dtype: str = opt("auto", "autocast in training (auto: bf16 on cuda)", "auto", "fp32", "bf16")
-    compile: str = opt("auto", "torch.compile the step (auto: on cuda)", "auto", "on", "off")
-    minutes: float = opt(0.0, "stop training after so many minutes, resumably; 0 = no limit", low=0)
-    out: str = opt("", "folder of the run; if empty, out/ and a name made of the main options")
-    resume: str = opt("", "go on with a run (its folder); a finished one is evaluated again")
-    preset: str = opt("", "paper: the authors' protocol; options given beside it win", "", "paper")
+    seed: int = option(0, "of data, weights and batches", low=0, group="system")
+    device: str = option("auto", "where to compute", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = option("auto", "of training (auto: bf16 on cuda)", ("auto", "fp32", "bf16"))
+    compile: str = option("auto", "torch.compile (auto: on cuda)", ("auto", "on", "off"))
+    out: str = option(None, "folder of the run (default: out/ and the main options)")
+    resume: str = option(None, "go on with a run; a finished one is evaluated again")
+    preset: str = option(None, "the authors' protocol; other flags win over it", ("paper",))
 
     def __post_init__(self):
-        own, small = (TASK_DEFAULTS.get(k, {}) for k in (self.task, f"{self.task} {self.side}"))
-        for f in fields(self):
-            if getattr(self, f.name) is None:
-                setattr(self, f.name, (own | small).get(f.name))
-            value, choices, low = getattr(self, f.name), f.metadata["choices"], f.metadata["low"]
-            top = f.metadata["top"] or (10 ** 8 if f.type is int else math.inf)
-            refuse((choices and value not in choices, f"--{f.name} {value}: unknown; choose one of "
-                    + ", ".join(filter(None, choices))),
-                   (low is not None and not low <= value < top,
-                    f"--{f.name} {value}: must be at least {low} and less than {top}"))
-        grid, head_dim = self.make_task().grid, self.width // self.heads
-        refuse((self.width % self.heads or head_dim % (2 * len(grid)), f"--width {self.width} "
-                f"--heads {self.heads}: RoPE needs a multiple of {2 * len(grid)} channels a head"),
-               (self.window and (self.window % 2 == 0 or self.window > math.prod(grid)),
-                f"--window {self.window}: odd, at most {math.prod(grid)}, or 0"))
+        defaults = DEFAULTS.get(self.task, {})
+        if self.task == "sudoku":
+            defaults = defaults | SIDE_DEFAULTS.get(self.side, {})
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None:
+                setattr(self, field.name, defaults.get(field.name))
+            self.check(field)
+
+        # RoPE turns pairs of channels, and each axis of the grid has its share of them
+        grid = self.make_task().grid
+        pairs = 2 * len(grid)
+        if self.width % (self.heads * pairs) != 0:
+            raise LoopedError(f"--width {self.width}: must be a multiple of --heads times {pairs}, "
+                              f"that is {self.heads * pairs}, because of RoPE")
+        if self.window > 0 and self.window % 2 == 0:
+            raise LoopedError(f"--window {self.window}: must be odd, or 0 for all tokens")
+        if self.window > math.prod(grid):
+            raise LoopedError(f"--window {self.window}: a puzzle has {math.prod(grid)} tokens")
+        if self.damping >= 1:
+            raise LoopedError(f"--damping {self.damping}: must be below 1")
         self.grad_loops = min(self.grad_loops, self.loops)
 
-    def make_task(self):
-        task = data.TASKS[self.task]
-        return replace(task, **{f.name: getattr(self, f.name) for f in fields(task)})
-BOARD = dict(n_train=20000, n_hard=256, width=64, window=0, loops=30, steps=16000, batch=64,
-             lr=2e-3, eval_loops=256, damping=0.25)
-TASK_DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=21, steps=800, batch=100,
-                        lr=1e-3, eval_loops=500, damping=0.0),
-    "sudoku": BOARD, "chess": BOARD | dict(n_train=16000, steps=8000),
-    "sudoku 4": dict(loops=16, steps=1600, batch=128, lr=1e-3, eval_loops=64),
-    "sudoku 6": dict(steps=3000, eval_loops=128)}
-PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e-4, decay="step",
-             warmup=160, steps=1600, eval_loops=500, positions="relative")     # 100 epochs
-PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
-RESUMABLE = set("steps hard_bits n_test n_hard lr clip eval_loops eval_every tol damping device "
-    "dtype compile minutes out resume watch puzzle table preset".split())    # may change
-# ---- the parts: norm, rotary positions, attention ------------------------------------------------
-class RMSNorm(nn.Module):
-    """N(u) = g * u / rms(u) over the last axis; in fp32 (or fp64), also under autocast."""
-    def __init__(self, *shape):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape))
-    def forward(self, u):
-        u = u.float() if u.dtype == torch.bfloat16 else u
-        return u * (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
+    def check(self, field):
+        """Raises LoopedError if the value of a field is not one that its option allows."""
+        value = getattr(self, field.name)
+        choices = field.metadata["choices"]
+        low = field.metadata["low"]
+        if value is None:
+            return
+        if value == "":
+            raise LoopedError(f"--{field.name}: is empty; give a value or leave the option out")
+        if choices and value not in choices:
+            raise LoopedError(f"--{field.name} {value}: unknown; choose one of "
+                              + ", ".join(map(str, choices)))
+        if field.type in (int, float):
+            if low is None and not 0 < value < 1e8:
+                raise LoopedError(f"--{field.name} {value}: must be more than 0 and below 1e8")
+            if low is not None and not low <= value < 2 ** 63:
+                raise LoopedError(f"--{field.name} {value}: must be at least {low} and no giant")
 
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)        # made during an evaluation, it may be used in training later
-def geometry(grid, window, heads, head_dim, base, device, dtype):
-    """What attention needs to know of positions; it depends on shapes alone, so it is made once.
-    -> cos, sin [L, 1, 1, head_dim / 2]: n-D RoPE; the token at p on an axis turns pair j of that
-    axis by p * base^(-j / k), k = head_dim / (2 * axes). -> queries [n, C], keys [n, K], mask
-    [n * heads, C, K]: windowed attention in n chunks of C queries, with the K = C + window - 1 keys
-    that their windows cover: O(L) work. No queries, keys for a single chunk, no mask for no window.
+    def make_task(self):
+        """-> the data.Task with its options set as here."""
+        task = data.TASKS[self.task]
+        names = [field.name for field in dataclasses.fields(task)]
+        return dataclasses.replace(task, **{name: getattr(self, name) for name in names})
+
+
+# -----------------------------------------------------------------------------
+# the parts of a block: norm, rotary positions, attention
+
+
+class RMSNorm(nn.Module):
+    """N(u) = g * u / rms(u) over the last axis; computed in fp32, also under bf16 autocast."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, u):
+        if u.dtype == torch.bfloat16:
+            u = u.float()
+        mean_square = u.square().mean(-1, keepdim=True)
+        return self.weight * (u * (mean_square + 1e-6).rsqrt())
+
+
+def rotary_table(grid, head_dim, base):
+    """cos and sin [L, 1, head_dim / 2] of n-dimensional RoPE (arXiv 2104.09864), in float64.
+
+    The token at place p of an axis turns pair j of that axis by p * base ** (-j / k), where each
+    of the axes has k = head_dim / (2 * axes) pairs, side by side.
     """
-    L, k, window = math.prod(grid), head_dim // (2 * len(grid)), min(window, math.prod(grid))
-    freq = base ** (-torch.arange(k, dtype=torch.float64) / k)
-    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angle = torch.cat([p.flatten()[:, None] * freq for p in axes], -1)[:, None, None]
-    rope = angle.cos().to(device, dtype), angle.sin().to(device, dtype)
-    if not window:
-        return *rope, None, None, None
-    C = -(-L // max(1, round(L / 32)))
-    queries = torch.arange(-(-L // C) * C).clamp(max=L - 1).view(-1, C)
-    first = (queries - window // 2).clamp(0, L - window)    # at the ends the window shifts inwards
+    k = head_dim // (2 * len(grid))
+    frequency = base ** (-torch.arange(k, dtype=torch.float64) / k)
+    places = torch.meshgrid(*[torch.arange(n) for n in grid], indexing="ij")
+    angles = [place.flatten()[:, None] * frequency for place in places]
+    angle = torch.cat(angles, dim=-1)[:, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(u, cos, sin):
+    """Turn the pairs (u[j], u[j + half]) of the last axis, u [B, L, H, head_dim]."""
+    a, b = u.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def window_table(L, window):
+    """Windowed attention in O(L): n chunks of C neighbouring queries share K = C + window - 1 keys.
+
+    -> queries [n, C] and keys [n, K], which are indices of tokens, and mask [n, C, K], which is 0
+    where a query sees a key and -inf elsewhere. At both ends windows shift inwards, so that every
+    token sees `window` tokens.
+    """
+    window = min(window, L)
+    n = max(1, round(L / 32))
+    C = math.ceil(L / n)
+    n = math.ceil(L / C)
+
+    # the last chunk may be too long: it repeats the last token, and the caller drops the rest
+    queries = torch.arange(n * C).clamp(max=L - 1).view(n, C)
+    first = (queries - window // 2).clamp(0, L - window)    # the first token a query sees
     keys = first[:, :1] + torch.arange(min(C + window - 1, L))
-    seen = (keys[:, None] >= first[..., None]) & (keys[:, None] < first[..., None] + window)
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -math.inf).to(device)
-    some = (queries.to(device), keys.clamp(max=L - 1).to(device)) if len(keys) > 1 else (None, None)
-    return *rope, *some, mask.repeat_interleave(heads, 0)
-def constant_geometry(*key):        # torch.compile freezes it into the graph: no weights in here
-    return geometry(*key)
+
+    first = first[:, :, None]
+    seen = (keys[:, None, :] >= first) & (keys[:, None, :] < first + window)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
+    return queries, keys.clamp(max=L - 1), mask
+
+
+@functools.lru_cache(maxsize=64)
+def cached_tables(grid, window, heads, head_dim, base, device, dtype):
+    """The tables that attention needs: they depend on shapes only, so each is made once."""
+    with torch.inference_mode(False):       # made in an evaluation, used in training later
+        cos, sin = rotary_table(grid, head_dim, base)
+        tables = [cos.to(device, dtype), sin.to(device, dtype)]
+        if window > 0:
+            queries, keys, mask = window_table(math.prod(grid), window)
+            mask = mask.repeat_interleave(heads, dim=0)                 # [n * H, C, K]
+            tables += [queries.to(device), keys.to(device), mask.to(device, dtype)]
+        return tables
+
+
+def constant_tables(*shape):
+    """cached_tables under a name that torch.compile may treat as a constant."""
+    return cached_tables(*shape)
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention, full or windowed, with QK-RMSNorm and then RoPE (so: relative)."""
+    """Multi-head self-attention, full or windowed. q and k are normalized before they are rotated,
+    so that only relative positions count."""
+
     def __init__(self, width, heads, grid, window, rope_base):
         super().__init__()
-        self.heads, self.grid, self.window, self.rope_base = heads, grid, window, rope_base
+        self.heads = heads
+        self.grid = grid
+        self.window = window
+        self.rope_base = rope_base
         self.qkv = nn.Linear(width, 3 * width)
-        self.qk_norm = RMSNorm(2, 1, width // heads)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
         self.out = nn.Linear(width, width)
+
     def forward(self, u):
         B, L, D = u.shape
-        grid = self.grid if len(self.grid) > 1 else (L,)    # strings may be longer than in training
-        cos, sin, queries, keys, mask = constant_geometry(
-            grid, self.window, self.heads, D // self.heads, self.rope_base, u.device,
-            self.qk_norm.weight.dtype)
-        qkv = self.qkv(u).view(B, L, 3, self.heads, -1)                     # [B, L, 3, H, D/H]
-        a, b = self.qk_norm(qkv[:, :, :2]).chunk(2, -1)
-        qk = torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(qkv.dtype)
-        q, k, v = *qk.unbind(2), qkv[:, :, 2]
-        if queries is not None:
-            q, k, v = (t.index_select(1, i.flatten()).unflatten(1, i.shape)
-                       for t, i in ((q, queries), (k, keys), (v, keys)))
-        q, k, v = (t.transpose(-3, -2).flatten(1, -3) for t in (q, k, v))   # [B, n H, C|K, D/H]
-        o = F.scaled_dot_product_attention(q, k, v, mask).unflatten(1, (-1, self.heads))
-        return self.out(o.transpose(-3, -2).reshape(B, -1, D)[:, :L])
+        H = self.heads
+        # boards have one size, but strings may be longer than those in training
+        grid = self.grid if len(self.grid) > 1 else (L,)
+        tables = constant_tables(grid, self.window, H, D // H, self.rope_base, u.device,
+                                 self.q_norm.weight.dtype)
+        cos, sin = tables[:2]
+
+        q, k, v = self.qkv(u).view(B, L, 3, H, D // H).unbind(2)        # each (B, L, H, D/H)
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+
+        if self.window == 0:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H, L, D/H)
+            o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        else:
+            queries, keys, mask = tables[2:]
+            o = self.chunked(q[:, queries], k[:, keys], v[:, keys], mask)[:, :L]
+        return self.out(o.reshape(B, L, D))
+
+    def chunked(self, q, k, v, mask):
+        """Attention within n chunks: q [B, n, C, H, D/H], k and v [B, n, K, H, D/H]."""
+        B, n, C, H, head_dim = q.shape
+        # chunks and heads become one axis: torch.compile fuses five axes wrongly (torch 2.13)
+        q = q.transpose(2, 3).flatten(1, 2)                             # (B, n * H, C, D/H)
+        k = k.transpose(2, 3).flatten(1, 2)                             # (B, n * H, K, D/H)
+        v = v.transpose(2, 3).flatten(1, 2)
+        score = q @ k.transpose(-2, -1) / math.sqrt(head_dim) + mask    # (B, n * H, C, K)
+        o = score.softmax(dim=-1) @ v
+        return o.view(B, n, H, C, head_dim).transpose(2, 3).flatten(1, 2)       # (B, n * C, H, D/H)
+
 
 class Block(nn.Module):
     """The two sub-layers and their norms; LoopedTransformer.step puts them together."""
+
     def __init__(self, cfg, task):
         super().__init__()
         D = cfg.width
         self.attn = Attention(D, cfg.heads, task.grid, cfg.window, task.rope_base)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        # each norm is shared by both sub-layers
         if cfg.norm != "outer":
-            self.norm_in = RMSNorm(D)           # each norm is shared by the two sub-layers
+            self.norm_in = RMSNorm(D)
         if cfg.norm != "pre":
             self.norm_out = RMSNorm(D)
         if cfg.norm == "gru":
             self.gru = nn.GRUCell(D, D)
             nn.init.xavier_uniform_(self.gru.weight_ih)
             nn.init.orthogonal_(self.gru.weight_hh)
-            for bias in (self.gru.bias_ih, self.gru.bias_hh):   # update gate 1 + 1: keep most of h
-                bias.data = torch.tensor([0.0, 1.0, 0.0]).repeat_interleave(D)
-# ---- the looped transformer ----------------------------------------------------------------------
+            for bias in (self.gru.bias_ih, self.gru.bias_hh):
+                nn.init.zeros_(bias)
+                nn.init.ones_(bias[D:2 * D])        # the update gate begins by keeping most of h
+
+
+# -----------------------------------------------------------------------------
+# the looped transformer
+
+
 class LoopedTransformer(nn.Module):
-    """h_0 = e;  h_{t+1} = step(h_t, W_e e);  logits = readout(h_K) after K loops."""
+    """h_0 = e, then h_{t+1} = step(h_t, r) with r = W_e e, then logits = readout(h_T)."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.task, D = cfg, cfg.make_task(), cfg.width
-        self.table, grid = nn.Embedding(self.task.vocab, D), self.task.grid
-        if len(grid) > 1 and cfg.positions == "absolute":
-            self.place = nn.Parameter(0.5 * cfg.embed_rms * torch.randn(math.prod(grid), D))
-        if cfg.recall != "none":        # one pair for all sub-layers; inject "add": u + e
-            self.W_h, self.W_e = ((nn.Linear(D, D), nn.Linear(D, D)) if cfg.inject == "linear" else
-                                  (nn.Identity(), nn.Identity()))
-        self.blocks = nn.ModuleList(Block(cfg, self.task) for _ in range(cfg.blocks))
-        self.head = nn.Sequential(RMSNorm(D), nn.Linear(D, D), nn.GELU(),
-                                  nn.Linear(D, self.task.classes))
-        with torch.no_grad():       # |e| against |h| is part of recall's strength: set on purpose
-            self.table.weight *= cfg.embed_rms / self.table.weight.square().mean().sqrt()
+        self.cfg = cfg
+        self.task = cfg.make_task()
+        D = cfg.width
+
+        self.tok_emb = nn.Embedding(self.task.vocab, D)
+        self.pos_emb = None
+        if len(self.task.grid) > 1 and cfg.positions == "absolute":
+            cells = math.prod(self.task.grid)
+            self.pos_emb = nn.Parameter(0.5 * cfg.embed_rms * torch.randn(cells, D))
+
+        # one pair of maps, shared by all sub-layers
+        if cfg.recall != "none":
+            if cfg.inject == "linear":
+                self.W_h = nn.Linear(D, D)
+                self.W_e = nn.Linear(D, D)
+            elif cfg.inject == "add":
+                self.W_h = nn.Identity()
+                self.W_e = nn.Identity()
+            else:
+                raise ValueError(f"inject {cfg.inject!r} has no branch in LoopedTransformer")
+
+        self.blocks = nn.ModuleList([Block(cfg, self.task) for _ in range(cfg.blocks)])
+        self.head = nn.Sequential(
+            RMSNorm(D), nn.Linear(D, D), nn.GELU(), nn.Linear(D, self.task.classes)
+        )
+
+        # how large e is against h is part of recall's strength, so it is set on purpose
+        with torch.no_grad():
+            self.tok_emb.weight *= cfg.embed_rms / self.tok_emb.weight.square().mean().sqrt()
             if cfg.recall != "none" and cfg.inject == "linear":
                 self.W_e.weight *= cfg.recall_gain
+
     def embed(self, x):
         """x [B, L] int -> e [B, L, D]."""
-        return self.table(x) + getattr(self, "place", 0)
+        e = self.tok_emb(x)
+        if self.pos_emb is not None:
+            e = e + self.pos_emb
+        return e
+
     def recall(self, e):
-        """e [B, L, D] -> r [B, L, D], the part of recall that no loop changes; or None."""
-        return None if self.cfg.recall == "none" else self.W_e(e)
+        """e [B, L, D] -> r [B, L, D], what recall adds in every loop; None without recall."""
+        if self.cfg.recall == "none":
+            return None
+        return self.W_e(e)
+
     def step(self, h, r):
-        """One turn of the loop, h [B, L, D], r from recall() -> h: recall and norm are here."""
-        recall, norm = self.cfg.recall, self.cfg.norm
+        """One turn of the loop: h [B, L, D], r from recall() -> h [B, L, D].
+
+        Both questions of the paper are answered here: where does the input come in again, and
+        where is the norm? F is a sub-layer, attention first and then the MLP.
+        """
+        recall = self.cfg.recall
+        norm = self.cfg.norm
         for block in self.blocks:
+
+            # external recall: the residual stream itself is mixed with the input
             if recall == "external":
-                h = (self.W_h(h) + r).to(h.dtype)           # h <- W_h h + W_e e
+                h = (self.W_h(h) + r).to(h.dtype)       # h <- W_h h + W_e e
+            elif recall not in ("none", "internal"):
+                raise ValueError(f"recall {recall!r} has no branch in LoopedTransformer.step")
+
             for sublayer in (block.attn, block.mlp):
-                u = h if norm == "outer" else block.norm_in(h)
+
+                # what the sub-layer reads: internal recall mixes the input in here only
+                u = h
+                if norm != "outer":
+                    u = block.norm_in(h)                # u <- N(h)
                 if recall == "internal":
-                    u = self.W_h(u) + r                     # u <- W_h u + W_e e; h stays as it is
+                    u = self.W_h(u) + r                 # u <- W_h u + W_e e
                 f = sublayer(u)
+
+                # how its output joins the state
                 if norm == "pre":
-                    h = h + f                               # h + F(N(h))
+                    h = h + f                           # h <- h + F(u)
                 elif norm == "peri":
-                    h = h + block.norm_out(f)               # h + N(F(N(h)))
-                elif norm == "gru":                         # GRUCell(N(F(N(h))), h)
-                    f = block.gru(block.norm_out(f).flatten(0, 1), h.flatten(0, 1))
-                    h = f.view_as(h).to(h.dtype)
+                    h = h + block.norm_out(f)           # h <- h + N(F(u))
+                elif norm in ("outer", "sandwich"):
+                    h = block.norm_out(h + f)           # h <- N(h + F(u))
+                elif norm == "gru":
+                    f = block.norm_out(f)               # h <- GRU(N(F(u)), h)
+                    h = block.gru(f.flatten(0, 1), h.flatten(0, 1)).view_as(h).to(h.dtype)
                 else:
-                    h = block.norm_out(h + f)               # N(h + F(h)); sandwich N(h + F(N(h)))
+                    raise ValueError(f"norm {norm!r} has no branch in LoopedTransformer.step")
         return h
+
     def readout(self, h):
         """h [B, L, D] -> logits [B, L, classes]."""
         return self.head(h)
-    def forward(self, x, loops, h=None):
-        """x [B, L], state h (default: h_0 = e) -> logits [B, L, classes], h after `loops` loops."""
+
+    def forward(self, x, loops, h=None, restart=None):
+        """Loop on from the states h [B, L, D], or from h_0 = e where there are none.
+
+        x [B, L], restart [B] bool: puzzles that begin at h_0 = e although there is an h
+        -> logits [B, L, classes] and h [B, L, D], both after `loops` loops.
+        """
         e = self.embed(x)
         r = self.recall(e)
-        h = e if h is None else h
+        if h is None:
+            h = e
+        elif restart is not None:
+            h = torch.where(restart[:, None, None], e, h)
         for _ in range(loops):
             h = self.step(h, r)
         return self.readout(h), h
-# ---- evaluation: accuracy against loops, and halting when the state has come to rest -------------
-def moved(new, old):
-    """States [B, L, D] -> [B]: how far a puzzle moved, max over tokens of |new - old| / |old|."""
-    return ((new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-30)).amax(-1)
-def chunk_size(x):  # how many of the puzzles x [N, L] fit the caches of a CPU, or a GPU's memory
-    return max(1, (4096 if x.device.type == "cpu" else 2 ** 17) // x.shape[1])
+
+
+# -----------------------------------------------------------------------------
+# two losses
+
+
+def carry_loss(model, task, cfg, batch, carry):
+    """The default: each step runs a few loops and hands the states on to the next step.
+
+    A puzzle gets cfg.loops loops in all, cfg.grad_loops of them in each step, all with gradient.
+    The states that a step leaves behind are detached and carried over. This is allowed because
+    what counts is the fixed point: near it the state hardly depends on the path, so that a state
+    of slightly older weights is as good a start as a new one; and a short gradient is close to the
+    full one, whose terms shrink like rho(dh'/dh)^t. The batch holds puzzles of all ages, and one
+    whose loops are used up makes way for a new one.
+
+    batch: new x, y [B, L]; carry {"x", "y" [B, L], "h" [B, L, D], "age" [B]} -> loss, new carry.
+    """
+    new_x, new_y = batch
+    over = carry["age"] >= cfg.loops
+    x = torch.where(over[:, None], new_x, carry["x"])
+    y = torch.where(over[:, None], new_y, carry["y"])
+
+    logits, h = model(x, cfg.grad_loops, carry["h"], restart=over)
+    loss = task.loss(logits, y)
+
+    age = carry["age"].masked_fill(over, 0) + cfg.grad_loops
+    return loss, {"x": x, "y": y, "h": h.detach(), "age": age}
+
+
+def start_carry(model, cfg, batch, rank, world):
+    """The first carry: new puzzles of evenly spread ages, so that some are over in each step."""
+    x, y = batch
+    age = torch.arange(rank, cfg.batch, world, device=x.device) * cfg.loops // cfg.batch
+    return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
+
+
+def progressive_loss(model, task, cfg, batch, rng):
+    """The paper's: n ~ U{0..K-1} loops without gradient, then k ~ U{1..K-n} with; K = cfg.loops.
+
+    The loss is that of the last output. (Bansal et al., arXiv 2202.05826.)
+    """
+    x, y = batch
+    n = torch.randint(0, cfg.loops, (), generator=rng, device=rng.device).item()
+    k = torch.randint(1, cfg.loops - n + 1, (), generator=rng, device=rng.device).item()
+    h = None                        # for n = 0: the start h_0 = e keeps its gradient
+    if n > 0:
+        with torch.no_grad():
+            h = model(x, n)[1]
+    logits, _ = model(x, k, h)
+    return task.loss(logits, y)
+
+
+def compute_loss(model, task, cfg, batch, carry, rng):
+    """-> the loss that cfg.train names, and the carry for the next step."""
+    if cfg.train == "carry":
+        return carry_loss(model, task, cfg, batch, carry)
+    elif cfg.train == "progressive":
+        return progressive_loss(model, task, cfg, batch, rng), carry
+    else:
+        raise ValueError(f"train {cfg.train!r} has no branch in compute_loss")
+
+
+# -----------------------------------------------------------------------------
+# training
+
+
+def get_batch(task, x_all, y_all, batch, rng, rank=0, world=1):
+    """A random batch, augmented; every process draws all of it and keeps its own share."""
+    index = torch.randint(len(x_all), (batch,), generator=rng, device=rng.device)
+    x, y = task.augment(x_all[index], y_all[index], rng)
+    return x[rank::world], y[rank::world]
+
+
+def get_lr(cfg, step):
+    """The learning rate of step 0, 1, ..., cfg.steps - 1."""
+    warm = (step + 1) / max(1, cfg.warmup)
+    if cfg.decay == "linear":
+        return cfg.lr * min(1.0, warm) * (1 - step / cfg.steps)
+    elif cfg.decay == "step":       # the paper's: exponential warm-up, one drop
+        drop = 0.1 if step >= 0.6 * cfg.steps else 1.0
+        return cfg.lr * (1 - math.exp(-warm)) * drop
+    else:
+        raise ValueError(f"decay {cfg.decay!r} has no branch in get_lr")
+
+
+def configure_optimizer(model, cfg):
+    """AdamW; weight decay for matrices and embeddings, not for biases and norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    on_mps = matrices[0].device.type == "mps"
+    return torch.optim.AdamW(groups, fused=not on_mps)
+
+
+def save_checkpoint(out, checkpoint):
+    """Write out/ckpt.pt: whatever happens, the old file is there or the new one."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    data.write_atomic(out / "ckpt.pt", buffer.getvalue())
+
+
+def clone_weights(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def log(out, record):
+    """Append a record to the run's log.jsonl."""
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def train(cfg, model, sets, out, state=None, rank=0, world=1):
+    """Train a model on sets["train"] and save out/ckpt.pt at each validation.
+
+    sets: {"train", "val", ...: (x, y)} on the model's device. state: a checkpoint to go on from;
+    on a CPU the result is, bit for bit, that of a run which was never stopped. Raises LoopedError
+    if the loss is no longer finite; the last good checkpoint stays.
+    """
+    task = model.task
+    x_all, y_all = sets["train"]
+    device = x_all.device
+    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+    optimizer = configure_optimizer(model, cfg)
+    rng = torch.Generator(device).manual_seed(cfg.seed)
+    first_step = 0
+    seconds = 0.0           # spent in training, without the validations
+    best_val = -1.0
+    best_weights = clone_weights(model)
+    carry = None
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step = state["step"]
+        seconds = state["seconds"]
+        best_val = state["best_val"]
+        best_weights = state["best"]
+        if state["rng"].shape == rng.get_state().shape:     # else: saved on another kind of device
+            rng.set_state(state["rng"].cpu())
+        if state["carry"] is not None and world == 1:
+            carry = {name: tensor.to(device) for name, tensor in state["carry"].items()}
+    if cfg.train == "carry" and carry is None:
+        batch = get_batch(task, x_all, y_all, cfg.batch, rng, rank, world)
+        carry = start_carry(model, cfg, batch, rank, world)
+
+    # losses call the wrapper, so that gradients are averaged over all processes
+    wrapper = model
+    if world > 1:
+        # the embedding has no gradient when the paper's loss starts from a given state
+        wrapper = DistributedDataParallel(model, find_unused_parameters=True)
+
+    clock = time.time()
+    timed_steps = 0
+    for step in range(first_step, cfg.steps):
+
+        # set the learning rate of this step
+        lr = get_lr(cfg, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # forward, backward, clip, step
+        batch = get_batch(task, x_all, y_all, cfg.batch, rng, rank, world)
+        with autocast:
+            loss, carry = compute_loss(wrapper, task, cfg, batch, carry, rng)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # validate, save and log now and then, and after the last step
+        timed_steps += 1
+        done = step + 1
+        is_eval_step = done % cfg.eval_every == 0 or done == cfg.steps
+        if not is_eval_step:
+            continue
+        loss = loss.item()          # waits for a GPU, so that the time is right
+        step_seconds = (time.time() - clock) / timed_steps
+        seconds += time.time() - clock
+        if rank == 0:
+            began = time.time()
+            val = evaluate(model, *sets["val"], [cfg.loops])[cfg.loops]
+            val_seconds = time.time() - began
+            if not math.isfinite(loss) or not math.isfinite(val["residual"]):
+                raise LoopedError(f"step {done} is not finite (loss {loss:.3g}): lower --lr; the "
+                                  f"last good checkpoint stays in {out}", exit_code=1)
+
+            # the latest of the best on validation is kept; the test sets have no say
+            if val["exact"] >= best_val:
+                best_val = val["exact"]
+                best_weights = clone_weights(model)
+            save_checkpoint(out, {
+                "config": dataclasses.asdict(cfg), "step": done, "seconds": seconds,
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "rng": rng.get_state(), "carry": carry if world == 1 else None,
+                "best": best_weights, "best_val": best_val,
+            })
+            log(out, {
+                "step": done, "loss": loss, "exact": val["exact"], "residual": val["residual"],
+                "grad_norm": grad_norm.item(), "lr": lr, "ms": 1e3 * step_seconds,
+            })
+            left = time_left(cfg, sets, done, step_seconds, val_seconds)
+            print(f"step {done:6d} | loss {loss:.4f} | val exact {val['exact']:.3f} | lr {lr:.1e} "
+                  f"| {1e3 * step_seconds:4.0f} ms | {data.clock(left)} left", flush=True)
+        clock = time.time()
+        timed_steps = 0
+
+
+def time_left(cfg, sets, done, step_seconds, val_seconds):
+    """Seconds until the final table is there: steps, validations, and the evaluation at the end."""
+    steps = cfg.steps - done
+    validations = math.ceil(steps / cfg.eval_every)
+    seconds_per_token_loop = val_seconds / (sets["val"][0].numel() * (cfg.loops + 2))
+    tokens = sets["easy"][0].numel() + sets["hard"][0].numel()
+    final = tokens * cfg.eval_loops * seconds_per_token_loop
+    return steps * step_seconds + validations * val_seconds + final
+
+
+def read_checkpoint(path, device="cpu"):
+    """A run's folder or its ckpt.pt -> state, model with the best weights. Raises LoopedError."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "ckpt.pt"
+    if not path.is_file():
+        raise LoopedError(f"{path}: there is no checkpoint; give a run's folder or a .pt file")
+    try:
+        # torch does not compare the checksums: a flipped bit would give wrong answers silently
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location=device, weights_only=True)
+        cfg = Config(**state["config"])
+        # a model without memory of its own: the shapes are compared before anything is allocated
+        with torch.device("meta"):
+            model = LoopedTransformer(cfg)
+        model.load_state_dict(state["best"], assign=True)
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise ValueError("weights are not finite")
+        if not isinstance(state["step"], int) or not 0 <= state["step"]:
+            raise ValueError(f"step {state['step']!r}")
+    except Exception as error:      # torch raises a dozen kinds for truncated and foreign files
+        raise LoopedError(f"{path}: broken or not a checkpoint of looped.py "
+                          f"({str(error).splitlines()[0]:.80})") from None
+    return state, model.to(device).eval().requires_grad_(False)
+
+
+def load(path, device="cpu"):
+    """A run's folder or a checkpoint -> (model, cfg), with the weights that validated best."""
+    _, model = read_checkpoint(path, device)
+    return model, model.cfg
+
+
+# -----------------------------------------------------------------------------
+# evaluation: accuracy against loops, and halting
+
+
+def relative_change(new, old):
+    """States [B, L, D] -> [B]: the largest |new - old| / |old| of a puzzle's tokens."""
+    change = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-30)
+    return change.amax(dim=-1)
+
+
+def chunk_size(x):
+    """How many of the puzzles x [N, L] fit the caches of a CPU, or the memory of a GPU."""
+    tokens = 4096 if x.device.type == "cpu" else 2 ** 17
+    return max(1, tokens // x.shape[1])
+
 
 @torch.inference_mode()
-def evaluate(model, x, y, loops, progress=lambda done, total: None):
+def evaluate(model, x, y, loops, progress=None):
     """Accuracy and motion of puzzles x, y [N, L] after each of the loop counts `loops`.
-    -> {count: {"exact": share of puzzles with all tokens right, "token": share of scored tokens,
-        "residual": max over tokens of |h_{t+1} - h_t| / |h_t|, mean over puzzles; "residual2": the
-        same for h_{t+2} (small where residual is not: a two-cycle); "norm_ratio": |h_t| / |h_1|}}
+
+    -> {count: {"exact":      share of puzzles with all tokens right,
+                "token":      share of scored tokens that are right, mean over puzzles,
+                "residual":   largest |h_{t+1} - h_t| / |h_t| of a token, mean over puzzles,
+                "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
+                "norm_ratio": |h_t| / |h_1|, mean over puzzles}}
     """
-    refuse((min(loops) < 1, f"loop counts start at 1, not {min(loops)}"))
-    total, size = {t: torch.zeros(5, dtype=torch.float64) for t in loops}, chunk_size(x)
-    for done, (xb, yb) in enumerate(zip(x.split(size), y.split(size)), 1):
+    if min(loops) < 1:
+        raise LoopedError(f"loop counts start at 1, not at {min(loops)}")
+    names = ("exact", "token", "residual", "residual2", "norm_ratio")
+    total = {t: dict.fromkeys(names, 0.0) for t in loops}
+
+    size = chunk_size(x)
+    for start in range(0, len(x), size):
+        xb = x[start:start + size]
+        yb = y[start:start + size]
+        scored = model.task.scored(xb)
         h = model.embed(xb)
-        r, scored, past = model.recall(h), model.task.scored(xb), {}
+        r = model.recall(h)
+        old = None
+
+        # two loops more than asked for: the residuals of the last count look ahead
         for t in range(1, max(loops) + 3):
+            older = old
+            old = h
             h = model.step(h, r)
-            first = h.norm(dim=(1, 2)) if t == 1 else first
+            if t == 1:
+                first_norm = h.norm(dim=(1, 2))
             if t in total:
-                past[t], right = h, model.task.predict(model.readout(h)) == yb
+                right = model.task.predict(model.readout(h)) == yb
                 token = (right & scored).sum(-1) / scored.sum(-1).clamp(min=1)
-                ratio = h.norm(dim=(1, 2)) / first
-                total[t][[0, 1, 4]] += torch.stack((right.all(-1), token, ratio)).sum(-1).cpu()
-            for k, behind in ((2, t - 1), (3, t - 2)):
-                if behind in past:
-                    total[behind][k] += moved(h, past[behind]).sum().cpu()
-        progress(min(done * size, len(x)), len(x))
-    return {t: dict(zip(("exact", "token", "residual", "residual2", "norm_ratio"),
-                        (total[t] / len(x)).tolist())) for t in loops}
+                total[t]["exact"] += right.all(-1).sum().item()
+                total[t]["token"] += token.sum().item()
+                total[t]["norm_ratio"] += (h.norm(dim=(1, 2)) / first_norm).sum().item()
+            if t - 1 in total:
+                total[t - 1]["residual"] += relative_change(h, old).sum().item()
+            if t - 2 in total:
+                total[t - 2]["residual2"] += relative_change(h, older).sum().item()
+        if progress is not None:
+            progress(min(start + size, len(x)), len(x))
+
+    return {t: {name: total[t][name] / len(x) for name in names} for t in loops}
+
 
 @torch.inference_mode()
 def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
     """Adaptive halting: each puzzle of x [N, L] loops until none of its tokens moves more than tol.
-    -> logits [N, L, classes], loops used [N], settled [N] (False: max_loops was not enough).
-    h <- (1 - damping) step(h) + damping h has the same fixed points, but fewer flips round them."""
-    results = []
+
+    -> logits [N, L, classes], loops used [N], converged [N] (False: max_loops was not enough).
+    h <- (1 - damping) step(h) + damping h has the same fixed points, and flips less around them.
+    """
+    # the step without torch.compile: the batch shrinks, and each size would be compiled anew
+    step = type(model).step
+    parts = []
     for xb in x.split(chunk_size(x)):
-        e = model.embed(xb)
-        h, r, active = e.clone(), model.recall(e), torch.arange(len(e), device=x.device)
-        used, settled = torch.full_like(active, max_loops), torch.zeros_like(active).bool()
+        h = model.embed(xb)
+        r = model.recall(h)
+        h = h.clone()
+        used = torch.full((len(xb),), max_loops, device=x.device)
+        converged = torch.zeros(len(xb), dtype=torch.bool, device=x.device)
+        active = torch.arange(len(xb), device=x.device)         # puzzles that still move
         for t in range(1, max_loops + 1):
             old = h[active]
-            new = model.step(old, None if r is None else r[active])
-            h[active], rest = new.lerp(old, damping), moved(new, old) < tol
-            used[active[rest]], settled[active[rest]] = t, True
-            active = active[~rest]
+            new = step(model, old, None if r is None else r[active])
+            h[active] = new.lerp(old, damping)
+            still = relative_change(new, old) < tol             # of the step without damping
+            used[active[still]] = t
+            converged[active[still]] = True
+            active = active[~still]
             if len(active) == 0:
                 break
-        results.append((model.readout(h), used, settled))
-    return tuple(torch.cat(column) for column in zip(*results))
-# ---- training: two losses ------------------------------------------------------------------------
-def carry_loss(model, cfg, carry, fresh):
-    """The default. A puzzle gets cfg.loops loops, a few of them a step: its state is carried over.
-    Each step starts from the states that the last step left, detached, and runs `grad_loops` loops
-    with gradient. Allowed because what counts is the fixed point: near it h hardly depends on the
-    path, so a state of slightly older weights is as good a start as a new one, and a short gradient
-    is close to the full one (terms shrink like rho(dh'/dh)^t). A batch holds puzzles of all ages;
-    one whose loops are used up makes way for a fresh one.
-    carry {"x", "y" [B, L], "h" [B, L, D], "age" [B]}; fresh x, y [B, L] -> loss, new carry.
-    """
-    over = carry["age"] >= cfg.loops
-    x, y = (torch.where(over[:, None], new, carry[k]) for new, k in zip(fresh, "xy"))
-    e = model.embed(x)
-    h, r = torch.where(over[:, None, None], e, carry["h"]), model.recall(e)     # h_0 = e
-    for _ in range(cfg.grad_loops):
-        h = model.step(h, r)
-    loss = F.cross_entropy(model.readout(h).flatten(0, 1).float(), y.flatten())
-    age = carry["age"].masked_fill(over, 0) + cfg.grad_loops
-    return loss, {"x": x, "y": y, "h": h.detach(), "age": age}
+        parts.append((model.readout(h), used, converged))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-def progressive_loss(model, cfg, x, y, rng):
-    """The paper's: n ~ U{0..K-1} loops without gradient, k ~ U{1..K-n} with it; K = cfg.loops."""
-    n = torch.randint(0, cfg.loops, (), generator=rng, device=rng.device).item()
-    k = torch.randint(1, cfg.loops - n + 1, (), generator=rng, device=rng.device).item()
-    with torch.no_grad():
-        h = model(x, n)[1] if n else None       # n = 0: h_0 = e keeps its gradient
-    return F.cross_entropy(model(x, k, h)[0].flatten(0, 1).float(), y.flatten())
-# ---- checkpoints and the training loop -----------------------------------------------------------
-def read_checkpoint(path, device="cpu"):
-    """A run's folder or its ckpt.pt -> state, model with its best weights. Raises LoopedError."""
-    path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
-    refuse((not path.is_file(), f"{path}: no checkpoint to resume; give a run's folder"))
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        model = LoopedTransformer(Config(**state["config"])).to(device)
-        model.load_state_dict(state["best"])
-    except Exception as e:      # torch raises a dozen kinds for truncated and foreign files
-        raise LoopedError(f"{path}: broken or not of looped.py ({repr(e):.80})") from None
-    return state, model.eval()
-def load(path, device="cpu"):
-    """A run's folder or checkpoint -> (model, cfg), with the weights that the run is judged by."""
-    return (model := read_checkpoint(path, device)[1]), model.cfg
-def learning_rate(cfg, step):
-    """linear: up over `warmup` steps, then down to 0. step: 1 - exp(-t/warmup), x0.1 after 60 %."""
-    ramp, share = (step + 1) / max(1, cfg.warmup), step / cfg.steps
-    return cfg.lr * (min(1, ramp) * (1 - share) if cfg.decay == "linear" else
-                     (1 - math.exp(-ramp)) * 0.1 ** (share >= 0.6))
 
-def train(cfg, model, sets, out, state=None, until=None):
-    """Train on sets["train"], saving out/ckpt.pt; state: a checkpoint to go on from, on a CPU bit
-    for bit. -> False if stopped (`until` steps, minutes, Ctrl-C). RunFailed: loss not finite."""
-    (x_all, y_all), device, began = sets["train"], sets["train"][0].device, time.time()
-    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda" and
-                                   torch.cuda.is_bf16_supported(False))     # natively
-    rng = torch.Generator(device).manual_seed(cfg.seed)
-    judged = copy.deepcopy(model) if cfg.ema else model     # the moving average, if there is one
-    decayed, vectors = ([p for p in model.parameters() if (p.dim() > 1) == b] for b in (1, 0))
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": vectors, "weight_decay": 0.0}],
-                                  weight_decay=cfg.weight_decay, fused=device.type != "mps")
-    def fresh():        # each of torchrun's processes takes its slice of the same batch
-        pick = torch.randint(len(x_all), (cfg.batch,), generator=rng, device=device)
-        return [t[RANK::WORLD] for t in model.task.augment(x_all[pick], y_all[pick], rng)]
-    past = state or {"step": 0, "seconds": 0.0, "best": None, "best_val": -1.0, "carry": None}
-    seconds, best, best_val, carry = (past[k] for k in ("seconds", "best", "best_val", "carry"))
-    if state:
-        for part, key in ((model, "model"), (judged, "average"), (optimizer, "optimizer")):
-            part.load_state_dict(state[key])
-        if state["rng"].shape == rng.get_state().shape:     # a GPU's generator is of another kind
-            rng.set_state(state["rng"].cpu())
-        carry = carry and {k: t.to(device) for k, t in carry.items()}
-    if cfg.train == "carry" and (not carry or WORLD > 1):   # several processes start fresh puzzles
-        (x, y), age = fresh(), torch.arange(RANK, cfg.batch, WORLD, device=device)
-        carry = {"x": x, "y": y, "h": model.embed(x).detach(), "age": age * cfg.loops // cfg.batch}
-    spent, ticks, asked = 0, 0, []
-    ctrl_c = signal.signal(signal.SIGINT, lambda *_: asked.append(True))    # ends after its step
-    try:
-        for done in range(past["step"] + 1, cfg.steps + 1):
-            tick, lr = time.time(), learning_rate(cfg, done - 1)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-                if cfg.train == "carry":
-                    loss, carry = carry_loss(model, cfg, carry, fresh())
-                else:
-                    loss = progressive_loss(model, cfg, *fresh(), rng)
-            loss.backward()
-            if done == until or 0 < 60 * cfg.minutes < time.time() - began:
-                asked.append(True)
-            if WORLD > 1:       # DistributedDataParallel in short; one asked to stop stops all
-                loss, stop = loss.detach(), loss.new_full((), len(asked))
-                for t in [p.grad for p in model.parameters() if p.grad is not None] + [loss, stop]:
-                    torch.distributed.all_reduce(t.div_(WORLD))
-                asked = [True] * int(stop > 0)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            optimizer.step(), optimizer.zero_grad()
-            if cfg.ema:
-                for a, p in zip(judged.parameters(), model.parameters()):
-                    a.data.lerp_(p.data, 1 - min(cfg.ema, done / (done + 10)))
-            look = done % cfg.eval_every == 0 or done == cfg.steps
-            stop = asked and done < cfg.steps
-            last = loss.item() if look or stop else 0.0     # waits for a GPU, so the time is right
-            spent, ticks = spent + time.time() - tick, ticks + 1
-            if look:
-                val = evaluate(judged, *sets["val"], [cfg.loops])[cfg.loops]
-            if not math.isfinite(last + (val["residual"] if look else 0)):
-                raise RunFailed(f"step {done} is not finite (loss {last:.3g}): lower --lr; "
-                                f"the last good checkpoint stays in {out}")
-            if look:
-                ms, spent, ticks, seconds = 1e3 * spent / ticks, 0, 0, seconds + spent
-                now = dict(step=done, loss=last, exact=val["exact"], norm=norm.item())
-                log(out, now | {"lr": lr, "ms": ms}, "step {step:6d} | loss {loss:.4f} | val exact "
-                    "{exact:.3f} | gradient norm {norm:7.3f} | ".format(**now) + f"lr {lr:.1e} | "
-                    f"{ms:5.0f} ms a step | {data.clock(ms / 1e3 * (cfg.steps - done))} left")
-                if val["exact"] >= best_val:    # the latest of the best; the hard set has no say
-                    best_val, best = val["exact"], None     # copied when it is saved
-            if (look or stop) and RANK == 0:
-                best = best or {k: v.detach().clone() for k, v in judged.state_dict().items()}
-                torch.save({"config": asdict(cfg), "best": best, "best_val": best_val, "step": done,
-                            "seconds": seconds + spent, "model": model.state_dict(), "rng":
-                            rng.get_state(), "average": judged.state_dict(), "optimizer":
-                            optimizer.state_dict(), "carry": carry if WORLD == 1 else None},
-                           buffer := io.BytesIO())
-                data.write_atomic(out / "ckpt.pt", buffer.getvalue())
-            if stop:
-                print(f"stopped after step {done}; go on with: "
-                      f"python looped.py --resume {shlex.quote(str(out))}")
-                return False
-        return True
-    finally:
-        signal.signal(signal.SIGINT, ctrl_c)
-def log(out, record, text):
-    print(text, flush=True)
-    if RANK == 0:
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
-# ---- results -------------------------------------------------------------------------------------
-def wilson(rate, n, z=1.96):        # 95 % interval of a rate seen in n trials (Wilson, 1927)
-    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
-    return max(0.0, middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-LEVELS = {"easy": "C0o-", "hard": "C1s-"}   # and how they are drawn
+def wilson(rate, n, z=1.96):
+    """The 95 % interval of a rate that was seen in n trials (Wilson, 1927)."""
+    middle = rate + z * z / (2 * n)
+    half = z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
+    low = max(0.0, (middle - half) / (1 + z * z / n))
+    high = min(1.0, (middle + half) / (1 + z * z / n))
+    return low, high
+
+
 def report(cfg, model, sets):
-    """Print accuracy and motion against loops, easy beside hard, and halting -> result."""
+    """Evaluate both test sets, print the table -> the content of eval.json."""
+    levels = ("easy", "hard")
     counts = sorted({2 ** i for i in range(cfg.eval_loops.bit_length())} | {cfg.eval_loops})
-    result, began, title, lines = {"halting": {}}, time.time(), "\n      ", []
-    form = "| {exact:5.3f} {token:6.4f} {residual:8.1e} {residual2:9.1e} {norm_ratio:9.3g} "
-    for level in LEVELS:
-        (x, y), tell = sets[level], data.progress(f"evaluating {level}")
-        r = result[level] = evaluate(model, x, y, counts, tell)
-        logits, used, rest = solve(model, x[:32], cfg.tol, counts[-1], cfg.damping)
-        right = (model.task.predict(logits) == y[:32]).all(-1)
-        exact, loops, rest = (t.cpu().double().mean().item() for t in (right, used, rest))
-        result["halting"][level] = {"exact": exact, "loops": loops, "settled": rest, "n": len(used)}
-        title += "| %-43s" % (f"{level}: %d puzzles of %d tokens" % x.shape)
-        low, high = wilson(last := r[counts[-1]]["exact"], len(x))
-        best = max(counts, key=lambda t: r[t]["exact"])
-        lines.append(f"{level}: exact {last:.3f} [{low:.3f}, {high:.3f}] at {counts[-1]} loops "
-                     f"(best {r[best]['exact']:.3f} at {best}); each until it rests: exact "
-                     f"{exact:.3f} after {loops:.0f} loops, {rest:.0%} of {len(used)} at rest")
-    print(title + "\nloops " + "| exact  token residual residual2  |h|/|h1| " * 2)
+    result = {"config": dataclasses.asdict(cfg), "halting": {}}
+    began = time.time()
+    for level in levels:
+        x, y = sets[level]
+        result[level] = evaluate(model, x, y, counts, data.progress(f"evaluating {level}"))
+        # halting looks at fewer puzzles, because it takes as long as all the rest
+        x, y = x[:32], y[:32]
+        logits, used, converged = solve(model, x, cfg.tol, cfg.eval_loops, cfg.damping)
+        right = (model.task.predict(logits) == y).all(-1)
+        result["halting"][level] = {
+            "n": len(x),
+            "exact": right.double().mean().item(),
+            "loops": used.double().mean().item(),
+            "converged": converged.double().mean().item(),
+        }
+    result["eval_minutes"] = (time.time() - began) / 60
+
+    # the table: what is solved, and how far a loop still moves the state
+    print("\n loops |  easy solved  residual |  hard solved  residual")
     for t in counts:
-        print(f"{t:5} " + form.format(**result["easy"][t]) + form.format(**result["hard"][t]))
-    print(*lines, f"by chance {model.task.chance}", sep="\n")
-    return result | {"config": asdict(cfg), "eval_minutes": (time.time() - began) / 60}
+        row = f"{t:6}"
+        for level in levels:
+            row += " | {exact:12.3f}  {residual:8.1e}".format(**result[level][t])
+        print(row)
+    for level in levels:
+        n = len(sets[level][0])
+        solved = result[level][cfg.eval_loops]["exact"]
+        low, high = wilson(solved, n)
+        best = max(counts, key=lambda t, level=level: result[level][t]["exact"])
+        halt = result["halting"][level]
+        print(f"\n{level}: {model.task.levels[level]}, {n} puzzles\n"
+              f"  {solved:.3f} solved at {cfg.eval_loops} loops (95 % interval {low:.3f} to "
+              f"{high:.3f}; best at {best})\n"
+              f"  {halt['exact']:.3f} of {halt['n']} solved when each stops by itself: "
+              f"{halt['converged']:.0%} converge, {halt['loops']:.0f} loops")
+    print(f"\nby chance {model.task.chance}")
+    return result
 
-def plot(groups, path):
-    """{title: [result of report]} -> a panel each, a line for every run; training shaded."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"no {path}: pip install matplotlib to get one")
-    wide, high = min(3, len(groups)), -(-len(groups) // 3)
-    figure = Figure(figsize=(2 + 3.4 * wide, 1 + 2.4 * high), layout="constrained")
-    panels = figure.subplots(high, wide, squeeze=False, sharex=True, sharey=True).flat
-    for panel, (title, results) in zip(panels, groups.items()):
-        panel.axvspan(1, results[0]["config"]["loops"], color="0.92", label="loops in training")
-        for result, (level, style) in itertools.product(results, LEVELS.items()):
-            loops, exact = zip(*((int(t), row["exact"]) for t, row in result[level].items()))
-            panel.plot(loops, exact, style, label=level if result is results[0] else None)
-        panel.set(xscale="log", xticks=loops[::2], xticklabels=loops[::2], title=title)
-    figure.supxlabel("loops"), figure.supylabel("solved exactly")
-    panel.legend(frameon=False)
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_atomic(path, buffer.getvalue())
-
-def table(pattern, out=""):
-    """Print a Markdown table, a row is the mean ± sd of runs NAME-seed*; plot out/curves.png."""
-    groups, columns = {}, ("exact", "residual", "norm_ratio")
-    for path in map(Path, sorted(glob.glob(f"{pattern}/eval.json"))):
-        try:
-            r, name = json.loads(path.read_text()), re.sub(r"-?seed\d+$", "", path.parent.name)
-            easy, hard = (list(r[level].values())[-1] for level in LEVELS)
-            r["row"] = easy["exact"], *(hard[k] for k in columns), r["minutes"]
-            groups.setdefault(name or "all", []).append(r)
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise LoopedError(f"{path}: not an eval.json of looped.py") from None
-    refuse((not groups, f"--table {pattern}: no eval.json there; give a pattern of run folders"))
-    print("| run | seeds | easy | hard | hard, each seed | residual | norm ratio | minutes |\n"
-          + "|---" * 8 + "|")
-    for name, runs in groups.items():
-        easy, hard, residual, ratio, minutes = np.array([r["row"] for r in runs]).T
-        print(f"| {name} | {len(runs)} | {easy.mean():.3f} ± {easy.std():.3f} | {hard.mean():.3f} "
-              f"± {hard.std():.3f} | {' '.join(f'{v:.2f}' for v in hard)} | "
-              f"{np.median(residual):.0e} | {np.median(ratio):.3g} | {minutes.mean():.1f} |")
-    if out:
-        plot(groups, Path(out, "curves.png"))
 
 @torch.inference_mode()
-def watch(cfg, model, text, x, y):
-    """Print the prediction for puzzle x [L] (text: as typed) at loops 1, 2, 4, ... until it rests:
-    + right, x wrong, ~ changed since the last print, = unchanged; in colour on a terminal."""
-    tty, colour = sys.stdout.isatty(), {"~": 33, "=": 0, "+": 32, "x": 31}
-    e = model.embed(torch.as_tensor(x, dtype=torch.long)[None])
-    h, r, before = e, model.recall(e), None
-    for t in range(1, 2 * cfg.eval_loops + 1):
+def watch(cfg, model):
+    """Show how the model solves one puzzle: the user's, or a new hard one.
+
+    Prints the prediction at loops 1, 2, 4, ... until the state converges.
+    """
+    task = model.task
+    if cfg.puzzle is not None:
+        text = cfg.puzzle
+        x, y = task.parse(text)             # y is None if no single solution is known
+    else:
+        x, y = data.first(task, cfg.seed)
+        text = task.text(x)
+    print("+ right   x wrong   ~ changed since it was last shown   = unchanged, truth unknown")
+
+    h = model.embed(torch.as_tensor(x, dtype=torch.long)[None])
+    r = model.recall(h)
+    shown = None                            # the labels that were printed last
+    max_loops = 2 * cfg.eval_loops
+    for t in range(1, max_loops + 1):
         new = model.step(h, r)
-        h, rest = new.lerp(h, cfg.damping), moved(new, h).item()
-        if t & (t - 1) and rest >= cfg.tol and t < 2 * cfg.eval_loops:
+        residual = relative_change(new, h).item()
+        h = new.lerp(h, cfg.damping)
+        converged = residual < cfg.tol
+        is_power_of_two = t & (t - 1) == 0
+        if not (converged or is_power_of_two or t == max_loops):
             continue
-        now = model.task.predict(model.readout(h))[0].numpy()
-        marks = np.where(now != before, "~", "=" if y is None else np.where(now == y, "+", "x"))
-        before = now
-        print(f"\nloop {t}: {'at rest' if rest < cfg.tol else f'residual {rest:.1g}'}")
-        print(model.task.show(x, now, lambda i, cell: (
-            f"\033[{colour[marks[i]]}m{cell}\033[0m" if tty else cell + marks[i])))
-        if rest < cfg.tol:
+
+        labels = task.predict(model.readout(h))[0].numpy()
+        print(f"\nloop {t}, residual {residual:.1g}")
+        print(task.show(x, labels, functools.partial(mark_token, labels, shown, y)))
+        shown = labels
+        if converged:
             break
-    print("\n" + model.task.answer(text or model.task.text(x), now))
-# ---- command line --------------------------------------------------------------------------------
+    verdict = f"converged after {t} loops" if converged else f"did not converge in {t} loops"
+    print(f"\n{verdict}; {task.answer(text, labels)}")
+
+
+def mark_token(labels, shown, y, i, text):
+    """The text of token i with a sign behind it: see the legend that watch() prints."""
+    if shown is None or labels[i] != shown[i]:
+        return text + "~"
+    if y is None:
+        return text + "="
+    return text + ("+" if labels[i] == y[i] else "x")
+
+
+# -----------------------------------------------------------------------------
+# defaults of the tasks, and the authors' protocol
+
+BOARD = dict(n_train=20000, n_hard=256, width=64, window=0, loops=30, steps=16000, batch=64,
+             lr=2e-3, eval_loops=256, damping=0.25)
+DEFAULTS = {
+    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=21, steps=800, batch=100,
+                        lr=1e-3, eval_loops=500, damping=0.0),
+    "sudoku": BOARD,
+    "chess": BOARD | dict(n_train=16000, steps=8000),
+}
+SIDE_DEFAULTS = {
+    4: dict(loops=16, steps=1600, batch=128, lr=1e-3, eval_loops=64),
+    6: dict(steps=3000, eval_loops=128),
+}
+
+PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e-4, decay="step",
+             warmup=160, steps=1600, eval_loops=500, positions="relative")          # 100 epochs
+PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
+PAPER_PRESET = {
+    "prefix_sums": PAPER,
+    "sudoku": PAPER_BOARD,
+    "chess": PAPER_BOARD | dict(marks="squares"),
+}
+
+# a resumed run keeps what shapes the model, the data and the batches; these may change
+MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "lr", "clip", "eval_loops", "eval_every",
+              "tol", "damping", "device", "dtype", "compile")
+# and these belong to one call, not to the run
+OF_ONE_CALL = ("watch", "puzzle", "out", "resume", "preset")
+
+# -----------------------------------------------------------------------------
+# command line
+
+
 def parse(argv):
-    """Command line -> {option: value} of the options that were given; unknown ones are refused."""
+    """Command line -> {option: value} of the options that were given."""
     parser = data.Parser("looped.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                         formatter_class=functools.partial(argparse.HelpFormatter, width=180))
-    for f in fields(Config):
-        default = f.default if f.default is not None else "; ".join(
-            f"{task} {own[f.name]}" for task, own in TASK_DEFAULTS.items() if f.name in own)
-        choices = f" [{'|'.join(filter(None, f.metadata['choices']))}]".replace(" []", "")
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": "VALUE"}
-        kind["help"] = f"{f.metadata['help']}{choices} (default: {default})"
-        parser.add_argument(f"--{f.name}", **kind)
+                         usage="python looped.py [options]")
+    group = parser
+    for field in dataclasses.fields(Config):
+        if field.metadata["group"] is not None:
+            group = parser.add_argument_group(field.metadata["group"])
+        kind = {"type": field.type, "metavar": "VALUE"}
+        if field.type is bool:
+            kind = {"action": "store_true"}
+        group.add_argument(f"--{field.name}", help=help_text(field), **kind)
     return vars(parser.parse_args(argv))
 
-def configure(given):
-    """The options that were given -> Config, device, checkpoint and model to resume, or None."""
-    state, best = read_checkpoint(given["resume"]) if "resume" in given else (None, None)
-    preset = PAPER if given.get("task", "prefix_sums") == "prefix_sums" else PAPER_BOARD
-    base = state["config"] if state else preset if given.get("preset") == "paper" else {}
-    cfg, done = Config(**base | given), state.get("step", 0) if state else 0
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    device = next(d for d in there if there[d]) if cfg.device == "auto" else cfg.device
-    refuse(*((getattr(cfg, name) != base[name], f"--{name} {given.get(name)}: the checkpoint was "
-              f"made with {base[name]}; leave the option out, or start a new run")
-             for name in (set(base) - RESUMABLE if state else ())),
-           (not there[device], f"--device {device}: there is none here; use --device cpu"),
-           (cfg.watch and not state, "--watch needs a trained model: --resume RUN"),
-           ("puzzle" in given and not cfg.watch, "--puzzle is for --watch: add that"),
-           ("preset" in given and state, "--preset is for new runs, a resumed one has its options"),
-           (cfg.steps < done, f"--steps {cfg.steps}: the run has done {done} already"),
-           (state and done < cfg.steps and "optimizer" not in state,
-            f"{cfg.resume}: weights only, training cannot go on from them"),
-           ("recall_gain" in given and (cfg.recall == "none" or cfg.inject == "add"),
-            "--recall_gain scales W_e, which this recall does not have"),
-           (cfg.batch % WORLD, f"--batch {cfg.batch}: must be a multiple of {WORLD} processes"))
-    return cfg, device, state, best
 
-def run(given):
-    """Train, go on, evaluate or watch, as the options say."""
-    cfg, device, state, best = configure(given)
-    if cfg.table:
-        return table(cfg.table, cfg.out)
-    torch.manual_seed(cfg.seed)
-    model, old = LoopedTransformer(cfg), Path(cfg.resume)
-    if cfg.watch and cfg.puzzle:
-        return watch(cfg, best, cfg.puzzle, *model.task.parse(cfg.puzzle))
-    sets = data.splits(model.task, cfg.seed, cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard,
-                       cfg.data or None)
-    if cfg.watch:
-        return watch(cfg, best, "", sets["hard"].x[0], sets["hard"].y[0])
-    if WORLD > 1:       # of several processes one speaks
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    home = old if old.is_dir() else old.parent if old.name == "ckpt.pt" else Path("out", old.stem)
-    out = Path(given.get("out") or (home if state else
-               f"out/{cfg.task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}"))
-    refuse(((out / "ckpt.pt").exists() and not (state and out.samefile(home)),
-            f"{out} holds a run: --resume {out} goes on, --out DIR starts another"))
+def help_text(field):
+    """What an option is, what it may be, and what it is by default."""
+    text = field.metadata["help"]
+    if field.metadata["choices"]:
+        text += " [" + "|".join(map(str, field.metadata["choices"])) + "]"
+    default = field.default
+    if default is None:
+        own = [f"{task} {values[field.name]}" for task, values in DEFAULTS.items()
+               if field.name in values]
+        default = ", ".join(own)
+    if default not in ("", False):
+        text += f" (default: {default})"
+    return text.replace("%", "%%")          # argparse formats it
+
+
+def configure(given):
+    """The options that were given -> Config, and the checkpoint's (state, model) or (None, None).
+
+    Raises LoopedError for options that contradict each other, the task or the checkpoint.
+    """
+    base, state, model = {}, None, None
+    if "resume" in given:
+        if "preset" in given:
+            raise LoopedError("--preset is for new runs: a resumed one keeps its options")
+        state, model = read_checkpoint(given["resume"])
+        base = {name: value for name, value in state["config"].items() if name not in OF_ONE_CALL}
+    elif given.get("preset") == "paper":
+        base = PAPER_PRESET.get(given.get("task", "prefix_sums"), {})
+    cfg = Config(**(base | given))
+
+    for field in dataclasses.fields(Config):
+        name, tasks = field.name, field.metadata["tasks"]
+        if name in given and tasks and cfg.task not in tasks:
+            raise LoopedError(f"--{name}: is an option of {', '.join(tasks)}, not of {cfg.task}")
+        if state is not None and name not in MAY_CHANGE + OF_ONE_CALL:
+            if getattr(cfg, name) != getattr(model.cfg, name):
+                raise LoopedError(f"--{name} {given[name]}: the run was made with "
+                                  f"{getattr(model.cfg, name)}; leave the option out")
+    if cfg.watch and state is None:
+        raise LoopedError("--watch needs a trained model: --resume RUN")
+    if cfg.puzzle is not None and not cfg.watch:
+        raise LoopedError("--puzzle is for --watch: add that")
+    if "recall_gain" in given and (cfg.recall == "none" or cfg.inject != "linear"):
+        raise LoopedError("--recall_gain scales W_e: it needs a recall, and --inject linear")
+    if state is not None and cfg.steps < state["step"]:
+        raise LoopedError(f"--steps {cfg.steps}: the run has done {state['step']} already")
+    if state is not None and cfg.steps > state["step"] and "optimizer" not in state:
+        raise LoopedError(f"{cfg.resume}: holds weights only, training cannot go on from them")
+    return cfg, state, model
+
+
+def pick_device(cfg):
+    """-> "cuda", "mps" or "cpu". Raises LoopedError if the machine lacks what is asked for."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    device = cfg.device
+    if device == "auto":
+        device = next(name for name in available if available[name])
+    if not available[device]:
+        raise LoopedError(f"--device {device}: there is none here (or torch is a CPU build); "
+                          "use --device cpu")
+    if device == "cpu" and cfg.compile == "on":
+        compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
+        if not any(map(shutil.which, compilers)):
+            raise LoopedError("--compile on: there is no C++ compiler; install g++, or use off")
+    return device
+
+
+def join_processes(cfg, device):
+    """-> rank, world size: 0 and 1 unless torchrun started several processes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:     # a stray RANK or WORLD_SIZE means nothing
+        return 0, 1
+    rank = int(os.environ["RANK"])
+    world = int(os.environ["WORLD_SIZE"])
+    if cfg.batch % world != 0:
+        raise LoopedError(f"--batch {cfg.batch}: must be a multiple of the {world} processes")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")          # of several processes only the first speaks
+    return rank, world
+
+
+def get_splits(cfg, device):
+    """-> {"train", "val", "easy", "hard": (x, y)}, as tensors on the device."""
+    splits = data.splits(cfg.make_task(), cfg.seed, cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard,
+                         cfg.files)
+    return {
+        name: (torch.as_tensor(puzzles.x, dtype=torch.long, device=device),
+               torch.as_tensor(puzzles.y, dtype=torch.long, device=device))
+        for name, puzzles in splits.items()
+    }
+
+
+def home_of(resume):
+    """-> the folder of the run that a checkpoint belongs to."""
+    path = Path(resume)
+    if path.is_dir():
+        return path
+    if path.name == "ckpt.pt":
+        return path.parent
+    return Path("out", path.stem)       # a file of weights, such as those in assets/
+
+
+def own_folder(cfg):
+    """-> the folder to write to, made if it is new. Raises LoopedError if it holds another run."""
+    out = Path("out", f"{cfg.task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}")
+    if cfg.out is not None:
+        out = Path(cfg.out)
+    elif cfg.resume is not None:
+        out = home_of(cfg.resume)
     out.mkdir(parents=True, exist_ok=True)
-    git = f"git -C {shlex.quote(str(Path(__file__).parent))} log -1 --format=%h 2>&-"
-    facts = {"parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
-             "chip": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-             "commit": subprocess.getoutput(git), "config": asdict(cfg)}
-    log(out, facts, "\n".join((" ".join(f"{k}={v}" for k, v in (facts | asdict(cfg)).items()
-        if k != "config"), model.task.show(sets["train"].x[0], sets["train"].y[0]))))
-    sets = {k: tuple(torch.as_tensor(t, dtype=torch.long, device=device) for t in (p.x, p.y))
-            for k, p in sets.items()}
-    model.to(device)
-    if cfg.compile == "on" or cfg.compile == "auto" and device == "cuda":
-        torch._dynamo.config.cache_size_limit = 64      # a graph for each shape and grad mode
-        torch.compiler.assume_constant_result(constant_geometry)
-        LoopedTransformer.step = torch.compile(LoopedTransformer.step, dynamic=False)
-        global solve
-        solve = torch.compiler.set_stance("force_eager")(solve)         # its shapes shrink
-    unfinished = not state or state.get("step", 0) < cfg.steps
-    if unfinished and not train(cfg, model, sets, out, state) or RANK:
-        return
-    state = read_checkpoint(out, device)[0] if unfinished else state
-    model.load_state_dict(state["best"])
-    result = report(cfg, model.eval(), sets) | {"parameters": facts["parameters"], "steps":
-             state.get("step"), "minutes": state.get("seconds", 0) / 60}
-    print(f"trained {result['minutes']:.1f} min, evaluated {result['eval_minutes']:.1f} min: {out}")
-    if not unfinished and "out" not in given and (out / "eval.json").exists():
-        return print("the run's eval.json stays as it was; --out DIR saves this table")
+
+    if cfg.resume is None or not out.samefile(home_of(cfg.resume)):
+        try:
+            open(out / "log.jsonl", "x").close()    # of two runs at the same time, one succeeds
+        except FileExistsError:
+            raise LoopedError(f"{out} holds a run: --resume {out} goes on with it, --out DIR "
+                              "starts another") from None
+    return out
+
+
+def describe(cfg, model, sets, out, device):
+    """Print what is about to happen, and begin the log with it."""
+    task = model.task
+    x, y = sets["train"]
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"task      {cfg.task}, easy: {task.levels['easy']}, hard: {task.levels['hard']}")
+    print(f"model     {cfg.recall} recall, {cfg.norm} norm, {parameters:,} parameters")
+    print(f"training  {cfg.steps} steps of {cfg.batch} from {len(x)} easy puzzles, "
+          f"{cfg.loops} loops each")
+    print(f"device    {device}, torch {torch.__version__}, seed {cfg.seed}")
+    print(f"run       {out}\n")
+    print(task.show(x[0].cpu().numpy(), y[0].cpu().numpy()) + "\n", flush=True)
+
+    commit = ""
+    if shutil.which("git"):
+        here = str(Path(__file__).resolve().parent)
+        command = ["git", "-C", here, "log", "-1", "--format=%h"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    chip = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    log(out, {"config": dataclasses.asdict(cfg), "parameters": parameters, "chip": chip,
+              "torch": torch.__version__, "commit": commit})
+
+
+def run_training(cfg, state):
+    """Train a new model, or go on with one, and evaluate it at the end."""
+    device = pick_device(cfg)
+    rank, world = join_processes(cfg, device)
+    if rank > 0:
+        torch.distributed.barrier()         # the first makes the puzzles, the others read its cache
+    sets = get_splits(cfg, device)
+    if rank == 0 and world > 1:
+        torch.distributed.barrier()
+
+    torch.manual_seed(cfg.seed)
+    model = LoopedTransformer(cfg).to(device)
+    if cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda"):
+        torch._dynamo.config.cache_size_limit = 64      # one graph per shape and gradient mode
+        torch.compiler.assume_constant_result(constant_tables)
+        model.step = torch.compile(model.step, dynamic=False)
+
+    out = None
+    if rank == 0:
+        out = own_folder(cfg)
+        describe(cfg, model, sets, out, device)
+    try:
+        train(cfg, model, sets, out, state, rank, world)
+    except KeyboardInterrupt:
+        again = f"python looped.py --resume {shlex.quote(str(out))}"
+        raise LoopedError(f"stopped; go on with: {again}", exit_code=130) from None
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        state, model = read_checkpoint(out, device)
+        save_evaluation(cfg, state, model, sets, out)
+        run = shlex.quote(str(out))
+        example = model.task.text(sets["easy"][0][0].cpu().numpy())
+        print(f"\nwatch it solve a puzzle; add --puzzle for one of your own:\n"
+              f"  python looped.py --resume {run} --watch\n"
+              f"  python looped.py --resume {run} --watch --puzzle '{example}'\n"
+              f"draw the curve:\n  python assets/results.py curve {run}")
+
+
+def run_evaluation(cfg, state, model):
+    """Evaluate a finished run again; its own eval.json is kept, --out DIR saves the new one."""
+    device = pick_device(cfg)
+    sets = get_splits(cfg, device)
+    if cfg.out is None and (home_of(cfg.resume) / "eval.json").exists():
+        report(cfg, model.to(device), sets)
+        print("the run's eval.json stays as it was; --out DIR saves this table")
+    else:
+        save_evaluation(cfg, state, model.to(device), sets, own_folder(cfg))
+
+
+def save_evaluation(cfg, state, model, sets, out):
+    """Print the final table and write out/eval.json."""
+    result = report(cfg, model, sets)
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    result["steps"] = state["step"]
+    result["minutes"] = state["seconds"] / 60
     data.write_atomic(out / "eval.json", json.dumps(result, indent=1).encode())
-    plot({f"{cfg.task}, {cfg.recall} recall, {cfg.norm} norm": [result]}, out / "curve.png")
+    print(f"trained {result['minutes']:.1f} min, evaluated {result['eval_minutes']:.1f} min; "
+          f"saved in {out}")
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
 
 def main(argv=None):
+    """The command line -> exit code: 0, 1 for failed work, 2 for a bad request, 130 if stopped."""
+    signal.signal(signal.SIGTERM, stop)             # a cluster's stop is treated like Ctrl-C
+    sys.stdout.reconfigure(errors="replace")        # for terminals that cannot show everything
+    given = {}
     try:
-        return run(parse(argv)) or 0
-    except data.DataError as e:
-        code, message = 1 if isinstance(e, RunFailed) else 2, e
-    except OSError as e:
-        code, message = 2, f"{e.filename or 'writing'}: {e.strerror}; free it or give another --out"
-    except (MemoryError, RuntimeError) as e:    # allocate: what torch says of a CPU's memory
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
-            raise
-        code, message = 1, f"out of memory: lower --batch, --width or --n_train ({str(e):.60})"
+        given = parse(argv)
+        cfg, state, model = configure(given)
+        if cfg.watch:
+            watch(cfg, model)
+        elif state is not None and state["step"] == cfg.steps:
+            run_evaluation(cfg, state, model)
+        else:
+            run_training(cfg, state)
+        return 0
+    except data.DataError as error:
+        code = getattr(error, "exit_code", 2)
+        message = str(error)
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; --resume goes on from what was saved"
+        code = 130
+        message = "stopped"
+    except BrokenPipeError:             # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        code = 2
+        message = f"{error.filename or 'writing'}: {error.strerror}; free it or give another --out"
+    except (MemoryError, RuntimeError) as error:
+        # a CPU that is out of memory raises a plain RuntimeError; others keep their traceback
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            if "allocate" not in str(error):
+                raise
+        code = 1
+        costly = [name for name in ("batch", "width", "n_train", "hard_bits") if name in given]
+        large = ", ".join(f"--{name} {given[name]}" for name in costly)
+        message = f"out of memory: lower {large or '--batch or --width'}"
     print(f"looped.py: {message}", file=sys.stderr)
     return code
+
 
 if __name__ == "__main__":
     sys.exit(main())
