@@ -27,18 +27,15 @@ import signal
 import sys
 import threading
 import time
-import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import fields
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from zipfile import BadZipFile
 
 import chess
 import numpy as np
@@ -950,26 +947,17 @@ TASKS = {
 # --------------------------------------------------------------------------------------------------
 # splits
 
-# which option asks for how many puzzles of a split
-COUNTS = {"train": "n_train", "val": "n_val", "easy": "n_test", "hard": "n_hard"}
+def home(level, key, role="both"):
+    """The rule: the split of a puzzle, by its level and its key alone.
 
-
-def home(level, key):
-    """The rule: the split of a puzzle, by its level and its key alone."""
-    if level == "easy":
-        return {0: "val", 1: "easy"}.get(residue(key), "train")
-    return level
-
-
-def home_of_train_file(level, key):
-    """The same for the first of two files, where tests come from the second."""
-    split = home(level, key)
-    return split if split in ("train", "val") else None
-
-
-def home_of_test_file(level, key):
-    """The same for the second of two files."""
-    return level
+    role: "train" for the first of two files, where no tests come from; "test" for the second.
+    """
+    split = level
+    if level == "easy" and role != "test":
+        split = {0: "val", 1: "easy"}.get(residue(key), "train")
+    if role == "train" and split not in ("train", "val"):
+        return None
+    return split
 
 
 class Sorter:
@@ -986,9 +974,8 @@ class Sorter:
         self.parts = {split: [] for split in need}
         self.count = dict.fromkeys(need, 0)
 
-    def add(self, puzzles, levels, place=home):
-        """levels: "easy", "hard" or None for each puzzle; place(level, key) -> its split or None.
-        """
+    def add(self, puzzles, levels, role="both"):
+        """levels: "easy", "hard" or None for each of the puzzles."""
         chosen = {split: [] for split in self.need}
         keys = self.task.distinct(puzzles.x, puzzles.y)
         for i, (level, key) in enumerate(zip(levels, keys, strict=True)):
@@ -996,27 +983,26 @@ class Sorter:
             if content in self.seen:
                 continue
             self.seen.add(content)
-            split = place(level, key)
-            if split is not None and self.count[split] < self.need[split]:
+            split = home(level, key, role)
+            if split and self.count[split] < self.need[split]:
                 self.count[split] += 1
                 chosen[split].append(i)
-
-        # a split without a puzzle still has the shape of its level
         for split, rows in chosen.items():
-            if rows or not self.parts[split] and (split == "hard") == ("hard" in levels):
-                self.parts[split].append(puzzles[np.array(rows, int)])
+            if rows:
+                self.parts[split].append(puzzles[np.array(rows)])
 
     def short(self):
         """The splits that need more puzzles."""
         return [split for split in self.need if self.count[split] < self.need[split]]
 
     def refuse(self, split, source):
-        """One line on a split that is short."""
-        raise DataError(f"--{COUNTS[split]} {self.need[split]}: {source} has only "
-                        f"{self.count[split]:,} different puzzles for the split {split!r}")
+        raise DataError(f"{self.need[split]:,} puzzles for the split {split!r}: {source} has only "
+                        f"{self.count[split]:,} different ones")
 
     def splits(self):
-        return {split: join(parts) for split, parts in self.parts.items()}
+        nothing = np.zeros((0, np.prod(self.task.grid)), np.uint8)
+        empty = Puzzles(nothing, nothing, np.zeros(0, int))
+        return {split: join(parts or [empty]) for split, parts in self.parts.items()}
 
 
 def join(parts):
@@ -1032,12 +1018,9 @@ def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cac
     6x6 sudoku no solution either. DataError says what is impossible.
     """
     need = {"train": n_train, "val": n_val, "easy": n_test, "hard": n_hard}
-    for split, n in need.items():
+    for option, n in {"seed": seed, **need}.items():
         if n < 0:
-            raise DataError(f"--{COUNTS[split]} {n}: must be at least 0")
-    if seed < 0:
-        raise DataError(f"--seed {seed}: must be at least 0")
-
+            raise DataError(f"{option} {n}: must be at least 0")
     if path is not None:
         return from_files(task, path, need, Path(cache))
     return make(task, seed, need, Path(cache))
@@ -1046,13 +1029,23 @@ def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cac
 def first(task, seed, level="hard", cache="out/cache"):
     """-> x, y [L] of one puzzle, the first of a seed's tests: the work of a single lot.
 
-    By the rule of `home` no seed's training set can hold it: a hard puzzle is never trained on, and
-    an easy one of this split is not either.
+    By the rule of `home` no training set holds it, whatever its seed: a hard puzzle is never
+    trained on, and an easy one of this split is not either.
     """
-    n_test = int(level == "easy")
-    n_hard = int(level == "hard")
-    puzzles = splits(task, seed, 0, 0, n_test, n_hard, cache=cache)[level]
+    need = {"n_test": int(level == "easy"), "n_hard": int(level == "hard")}
+    puzzles = splits(task, seed, 0, 0, **need, cache=cache)[level]
     return puzzles.x[0], puzzles.y[0]
+
+
+def levels_of(task, sets, path=None):
+    """{"easy": phrase, "hard": phrase}, truthful also for the puzzles `sets` of a file."""
+    if path is None:
+        return task.levels
+    phrases = {}
+    for level in ("easy", "hard"):
+        ratings = sets[level].rating
+        phrases[level] = f"rated {ratings.min()} to {ratings.max()}" if len(ratings) else "none"
+    return phrases
 
 
 def make(task, seed, need, cache):
@@ -1078,37 +1071,41 @@ def make(task, seed, need, cache):
 # --------------------------------------------------------------------------------------------------
 # cache and processes
 
-# what a cache holds depends on the code that made it: its file name carries this
+# what the cache holds depends on the code that made it: its names carry this
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
 def lots(task, seed, cache):
-    """Yield the lots of a seed in order: first what the cache keeps, then new ones, for ever.
-
-    When it is closed, also by an interrupt, the cache receives all that was made.
-    """
+    """Yield the lots of a seed in order, for ever."""
     if not task.slow:
         for index in itertools.count():
             yield task.chunk(seed, index)
 
     options = "".join(f"-{name}_{value}" for name, value in asdict(task).items())
-    file = cache / f"{task.name}{options}-seed_{seed}-{CODE}.npz"
-    kept = unpack(load_cache(file))
-    made = []
-    try:
-        yield from kept
+    folder = cache / f"{task.name}{options}-seed_{seed}-{CODE}"
+    job = partial(cached_lot, task, seed, folder)
 
-        # one lot is often enough, and not worth the processes
-        if not kept:
-            made.append(task.chunk(seed, 0))
-            yield made[0]
-        with closing(parallel(partial(task.chunk, seed), max(len(kept), 1))) as more:
-            for lot in more:
-                made.append(lot)
-                yield lot
-    finally:
-        if made:
-            save_cache(file, pack(kept + made))
+    # one lot is often enough, and neither it nor what is cached is worth the processes
+    for index in itertools.count():
+        if index > 0 and not lot_file(folder, index).exists():
+            break
+        yield job(index)
+    with closing(parallel(job, index)) as more:
+        yield from more
+
+
+def lot_file(folder, index):
+    return folder / f"{index:06d}.npz"
+
+
+def cached_lot(task, seed, folder, index):
+    """A lot from its file, or made and kept at once: an interrupt loses none that is ready."""
+    file = lot_file(folder, index)
+    lot = load_cache(file)
+    if not lot:
+        lot = task.chunk(seed, index)
+        save_cache(file, lot)
+    return lot
 
 
 def parallel(job, start):
@@ -1140,49 +1137,27 @@ def worker(parent):
     threading.Thread(target=follow, daemon=True).start()
 
 
-def pack(stream):
-    """[lot] -> {name: array}; `ends` says where lots end."""
-    arrays = {}
-    for level in ("easy", "hard"):
-        parts = [lot[level] for lot in stream]
-        for name, array in vars(join(parts)).items():
-            arrays[f"{level} {name}"] = array
-        arrays[f"{level} ends"] = np.cumsum([len(p) for p in parts])
-    return arrays
-
-
-def unpack(arrays):
-    """The inverse of pack; {} -> []."""
-    if not arrays:
-        return []
-    lists = {}
-    for level in ("easy", "hard"):
-        columns = {f.name: arrays[f"{level} {f.name}"] for f in fields(Puzzles)}
-        ends = [0, *arrays[f"{level} ends"].tolist()]
-        lists[level] = [Puzzles(**columns)[a:b] for a, b in itertools.pairwise(ends)]
-    return [dict(zip(lists, parts, strict=True)) for parts in zip(*lists.values(), strict=True)]
-
-
 def load_cache(file):
-    """The arrays of a cache file, or {} if it is missing or not what save_cache wrote there."""
+    """-> {name: Puzzles}, or {} if the file is missing or not what save_cache wrote there."""
     try:
         with np.load(file, allow_pickle=False) as content:
             arrays = dict(content)
+        if str(arrays.pop("name")) != str(Path(file.parent.name, file.name)):
+            raise ValueError("it has another name inside")
+        names = dict.fromkeys(key.split()[0] for key in arrays)
+        return {n: Puzzles(*(arrays[f"{n} {f.name}"] for f in fields(Puzzles))) for n in names}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        print(f"{file}: unreadable cache, making it again ({error})", file=sys.stderr)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        print(f"{file}: unusable cache, making it again ({error})", file=sys.stderr)
         return {}
 
-    if str(arrays.pop("name", None)) != file.name:
-        print(f"{file}: not the cache of that name, making it again", file=sys.stderr)
-        return {}
-    return arrays
 
-
-def save_cache(file, arrays):
+def save_cache(file, puzzles):
+    """{name: Puzzles} -> file."""
+    arrays = {f"{n} {name}": a for n, p in puzzles.items() for name, a in vars(p).items()}
     content = io.BytesIO()
-    np.savez_compressed(content, name=file.name, **arrays)
+    np.savez_compressed(content, name=str(Path(file.parent.name, file.name)), **arrays)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, content.getvalue())
@@ -1278,8 +1253,7 @@ def read_rows(path, columns):
 
 
 def read_puzzles(task, path):
-    """Yield Puzzles, some rows of the file at a time, in its order, each row converted and verified.
-    """
+    """Yield Puzzles, some rows of the file at a time, in its order, converted and verified."""
     rows = read_rows(path, task.columns)
     while batch := list(itertools.islice(rows, 1024)):
         pairs = []
@@ -1304,17 +1278,15 @@ def file_limits(task, path):
     if not len(ratings):
         raise DataError(f"{path}: no rows")
 
-    # the 80 % quantile, but above the lowest rating, which is always easy
-    lowest = ratings.min()
-    cut = int(np.ceil(np.quantile(ratings, 0.8)))
-    if cut == lowest and ratings.max() > lowest:
-        cut = ratings[ratings > lowest].min()
-    return int(max(cut, lowest + 1)), int(ratings.max())
+    # above the lowest rating, which is always easy
+    cut = np.quantile(ratings, 0.8)
+    if cut == ratings.min():
+        cut = ratings[ratings > cut].min(initial=ratings.max() + 1)
+    return cut, ratings.max()
 
 
 def from_files(task, path, need, cache):
-    """FILE or TRAIN,TEST -> {split: Puzzles}. Of two files the second serves for both tests; the
-    least hard rating is that of the first."""
+    """FILE or TRAIN,TEST -> {split: Puzzles}; of two files the second serves for both tests."""
     paths = path.split(",")
     if not task.columns:
         raise DataError(f"--files {path!r}: {task.name} reads no files")
@@ -1322,7 +1294,7 @@ def from_files(task, path, need, cache):
         raise DataError(f"--files {path!r}: must be FILE or TRAIN,TEST")
 
     # the cache is for these contents, options and counts
-    digest = hashlib.sha256(repr((task, need)).encode())
+    digest = hashlib.sha256(repr((task, need, CODE)).encode())
     for p in paths:
         try:
             with open(p, "rb") as file:
@@ -1330,45 +1302,29 @@ def from_files(task, path, need, cache):
                     digest.update(block)
         except OSError as error:
             raise DataError(f"--files {p}: {error.strerror}") from None
-    file = cache / f"{task.name}-{Path(paths[0]).name}-{digest.hexdigest()[:16]}-{CODE}.npz"
-
-    arrays = load_cache(file)
-    if not arrays:
-        limits = file_limits(task, paths[0])
-        found = sort_files(task, paths, need, limits)
-        arrays = {"limits": np.array(limits)}
-        for split, puzzles in found.items():
-            arrays |= {f"{split} {name}": array for name, array in vars(puzzles).items()}
-        save_cache(file, arrays)
-
-    cut, top = arrays["limits"].tolist()
-    print(f"{path}: easy is rating {cut - 1} and less, hard is {cut} to {top}", file=sys.stderr)
-    return {split: Puzzles(*(arrays[f"{split} {f.name}"] for f in fields(Puzzles)))
-            for split in need}
+    kept = cache / f"{task.name}-{Path(paths[0]).name}-{digest.hexdigest()[:16]}.npz"
+    found = load_cache(kept)
+    if not found:
+        found = sort_files(task, paths, need)
+        save_cache(kept, found)
+    return found
 
 
-def sort_files(task, paths, need, limits):
+def sort_files(task, paths, need):
     """One or two files -> {split: Puzzles}."""
-    cut, top = limits
+    cut, top = file_limits(task, paths[0])
+    roles = ["both"] if len(paths) == 1 else ["train", "test"]
     sorter = Sorter(task, need)
-    empty = np.zeros((0, np.prod(task.grid)), np.uint8)
-    for parts in sorter.parts.values():
-        parts.append(Puzzles(empty, empty, np.zeros(0, int)))
-
-    for path in paths:
-        place = home
-        if len(paths) == 2:
-            place = home_of_train_file if path is paths[0] else home_of_test_file
+    for path, role in zip(paths, roles, strict=True):
         report = progress(f"reading {path}")
         for puzzles in read_puzzles(task, path):
             levels = np.where(puzzles.rating < cut, "easy", "hard").astype(object)
             levels[puzzles.rating > top] = None
-            sorter.add(puzzles, levels, place)
+            sorter.add(puzzles, levels, role)
             report(sum(sorter.count.values()), sum(need.values()))
-
             # the first of two files is read to its end: no test puzzle may occur anywhere in it
-            if place is not home_of_train_file and not sorter.short():
-                break
+            if role != "train" and not sorter.short():
+                return sorter.splits()
     if sorter.short():
         sorter.refuse(sorter.short()[0], " and ".join(paths))
     return sorter.splits()
