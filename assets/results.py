@@ -1,11 +1,11 @@
 """results.py: every table, figure and movie of this project, made from the raw files of the runs.
 
-    python assets/results.py tables [FOLDER ...]    # Markdown tables of any folder of runs
-    python assets/results.py write [FILE.md ...]    # fill in the tables of the two READMEs
-    python assets/results.py check [FILE.md ...]    # exit code 1 if one is not what the raw files say
-    python assets/results.py curve RUN              # draw RUN/curve.png: accuracy against loops
-    python assets/results.py figures                # draw the figures in assets/
-    python assets/results.py movies                 # make the two GIFs in assets/
+    python assets/results.py tables [FOLDER ...]   # Markdown tables of any folder of runs
+    python assets/results.py write [FILE.md ...]   # fill in the tables of the two READMEs
+    python assets/results.py check [FILE.md ...]   # exit code 1 if one differs from the raw files
+    python assets/results.py curve RUN             # draw RUN/curve.png: accuracy against loops
+    python assets/results.py figures [NAME ...]    # draw the figures in assets/, or some of them
+    python assets/results.py movies                # make the two GIFs in assets/
 
 A table in a Markdown file stands between two lines of its own, `<!-- table KIND ARGUMENT ... -->`
 and `<!-- end -->`. KIND is a key of TABLES below, an argument a pattern or a file in the folder
@@ -98,9 +98,11 @@ def find_groups(raw, patterns):
         runs = [read_run(path) for path in sorted(raw.glob(f"{pattern}/eval.json"))]
         if not runs:
             raise ResultsError(f"{raw / pattern}: no eval.json there")
-        several = len({run.folder.parent for run in runs} | {pattern.split("/")[0]}) > 1
         for run in sorted(runs, key=lambda run: (run.folder.parent, run.name, run.seed)):
-            name = f"{run.folder.parent.name}/{run.name}" if several and len(patterns) > 1 else run.name
+            name = run.name
+            # one name in two folders: say which
+            if len(patterns) > 1 and name != run.folder.parent.name:
+                name = f"{run.folder.parent.name}/{name}"
             groups.setdefault(name, []).append(run)
     return groups
 
@@ -176,8 +178,11 @@ def front_table(raw, *patterns):
     rows = []
     for runs in find_groups(raw, patterns).values():
         config = runs[0].result["config"]
-        task = {"prefix_sums": f"prefix sums, {config['bits']} to {config['hard_bits']} bits",
-                "sudoku": f"sudoku {config['side']}x{config['side']}"}.get(config["task"], config["task"])
+        task = config["task"]
+        if task == "prefix_sums":
+            task = f"prefix sums, {config['bits']} to {config['hard_bits']} bits"
+        elif task == "sudoku":
+            task = f"sudoku {config['side']}x{config['side']}"
         minutes = [run.result["minutes"] for run in runs]
         rows.append([task, f"{config['recall']}, {config['norm']}", len(runs),
                      spread([run.exact("easy") for run in runs]),
@@ -217,6 +222,20 @@ def seeds_table(raw, *patterns):
                          f"{converged:.0%} of {n}", f"{loops:.0f}", f"{exact:.3f}"])
     return markdown(["seed", "hard puzzles", "exact", "exact", "residual", "over two loops",
                      "converged by itself", "after loops", "exact then"], rows)
+
+
+def validation_table(raw, *patterns):
+    """The last validation of each run, from its log.jsonl: what choices are made on."""
+    rows = []
+    for name, runs in find_groups(raw, patterns).items():
+        config = runs[0].result["config"]
+        seeds = " ".join(str(run.result["config"]["seed"]) for run in runs)
+        exact = []
+        for run in runs:
+            lines = (run.folder / "log.jsonl").read_text().splitlines()
+            exact.append(json.loads(lines[-1])["exact"])
+        rows.append([name, config["lr"], seeds, config["n_val"], each(exact, ".3f")])
+    return markdown(["run", "learning rate", "seed", "validation puzzles", "exact"], rows)
 
 
 def pairs_table(raw, pattern, first, second):
@@ -340,7 +359,8 @@ def theory_table(raw, folder):
     """How many seeds of theory.py hold every row."""
     rows = []
     for kind in ("full", "quick"):
-        tables = [read_json(path)["rows"] for path in sorted(raw.glob(f"{folder}/{kind}-seed*.json"))]
+        paths = sorted(raw.glob(f"{folder}/{kind}-seed*.json"))
+        tables = [read_json(path)["rows"] for path in paths]
         held = sum(all(row["passed"] for row in table) for table in tables)
         size = "/".join(str(n) for n in sorted({len(table) for table in tables}))
         rows.append([kind, len(tables), size, f"{held} of {len(tables)}"])
@@ -368,7 +388,9 @@ def tries_table(raw, *files):
                 rows.append([Path(file).stem, tries, f"{solved} of {n}", converged, right])
             elif " tries " in line:
                 tries, solved, converged, right = numbers
-                rows.append([line.split(f" {tries} tries")[0], tries, f"{solved} of 256", converged, right])
+                boards = line.split(f" {tries} tries")[0]
+                rows.append([f"{Path(file).stem}, {boards}", tries, f"{solved} of 256", converged,
+                             right])
     rows = [row for row in rows if row[1] in ("1", "2", "5", "10")]
     return markdown(["boards", "tries", "solved", "converged", "of those solved"], rows)
 
@@ -387,6 +409,7 @@ def speed_table(raw, folder):
 
 
 TABLES = {"runs": runs_table, "front": front_table, "loops": loops_table, "seeds": seeds_table,
+          "validation": validation_table,
           "pairs": pairs_table, "harm": harm_table, "trained": trained_table, "rank": rank_table,
           "theory": theory_table, "damping": damping_table, "tries": tries_table,
           "speed": speed_table}
@@ -419,7 +442,9 @@ BLOCK = re.compile(r"^<!-- table (.+?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
 def read_blocks(path, raw):
     """A Markdown file -> its text, the text with fresh tables, [(spec, old, fresh)]."""
     text = Path(path).read_text()
-    if len(re.findall(r"^<!-- table ", text, re.M)) != len(re.findall(r"^<!-- end -->$", text, re.M)):
+    begun = re.findall(r"^<!-- table ", text, re.M)
+    ended = re.findall(r"^<!-- end -->$", text, re.M)
+    if len(begun) != len(ended):
         raise ResultsError(f"{path}: each <!-- table ... --> needs its own <!-- end -->")
     blocks = []
 
@@ -524,14 +549,15 @@ def curve(run):
 
 
 def direct_labels(axis, ends, gap=0.085):
-    """Name each line at its right end; ends [(height, text, colour)], pushed apart by `gap`."""
-    height = -math.inf
-    for end, text, colour in sorted(ends, key=lambda item: item[0]):
-        height = max(end, height + gap)
-        axis.annotate(text, (1, end), (1.06, height), xycoords=("axes fraction", "data"),
-                      textcoords=("axes fraction", "data"), color=colour, va="center", fontsize=9,
-                      annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": "0.8", "shrinkA": 1, "shrinkB": 0})
+    """Name lines at their right ends [(height, text, colour)]; equal ones are stacked inwards."""
+    stacked = {}
+    for end, text, colour in ends:
+        level = round(end, 1)
+        shift = gap * stacked.get(level, 0)
+        stacked[level] = stacked.get(level, 0) + 1
+        height = end - shift if end > 0.5 else end + shift
+        axis.text(1.0, height, text, color=colour, fontsize=9, va="center",
+                  transform=axis.get_yaxis_transform())
 
 
 def front_figure(raw, out):
@@ -552,6 +578,8 @@ def front_figure(raw, out):
         axis.set_title(f"{bits} bits", fontsize=10)
     axes[0, 0].text(1.2, 1.0, "loops in\ntraining", color="0.4", fontsize=8.5, va="top")
     axes[0, 0].set_ylabel("solved exactly")
+    axes[0, 1].text(1.2, 1.0, "solid: outer norm\ndashed: pre norm", color="0.4", fontsize=8.5,
+                    va="top")
     direct_labels(axes[0, 1], ends)
     save_figure(figure, out / "curve.png")
 
@@ -623,7 +651,8 @@ def halting_figure(out):
     x = torch.as_tensor(np.concatenate([sets[level].x for level in LEVELS])).long()
     rating = np.concatenate([sets[level].rating for level in LEVELS])
     found = looped.solve(model, x, max_loops=512, damping=cfg.damping)
-    bands = {"0": (0, 0), "2": (2, 2), "4": (4, 4), "6-8": (6, 8), "10-14": (10, 14), "16+": (16, 999)}
+    bands = {"0": (0, 0), "2": (2, 2), "4": (4, 4), "6-8": (6, 8), "10-14": (10, 14),
+             "16+": (16, 999)}
     boxes = []
     names = []
     for name, (low, high) in bands.items():
@@ -645,7 +674,7 @@ def theory_figures(out):
 
     import theory
 
-    norms = dict(zip(("pre", "peri", "outer", "sandwich"), (BLUE, YELLOW, GREEN, PINK), strict=True))
+    norms = {"pre": BLUE, "peri": YELLOW, "outer": GREEN, "sandwich": PINK}
     side = torch.linspace(-4, 4, 160, dtype=torch.float64)
     y, x = (t.flatten() for t in torch.meshgrid(side, side, indexing="ij"))
     figure, axes = new_figure(7, 6.8, 2, 2, sharex=True, sharey=True)
@@ -656,7 +685,8 @@ def theory_figures(out):
                             cmap="Blues", vmax=2, rasterized=True)
             axis.contour(side, side, theory.settles(a, b, norm).view(160, 160), [0.5],
                          colors=ORANGE, linewidths=1.2)
-            axis.set(title=f"{recall} recall, {'no' if norm == 'pre' else norm} norm", aspect="equal")
+            axis.set(title=f"{recall} recall, {'outer' if norm == 'outer' else 'no'} norm",
+                     aspect="equal")
     figure.supxlabel("state weight x")
     figure.supylabel("block weight y")
     figure.suptitle("blue: a fixed point is reached; orange: the predicted edge", fontsize=11)
@@ -718,10 +748,12 @@ def figures(raw, out, names):
 # ----------------------------------------------------------------------------
 # movies, in units of a picture 700 wide; drawn at twice that size
 
-# "85...12........7.3....28.......5...8...7643...1.......67.2...4...2.....1..48....." is hard: a
-# search tries 34 placements; the others are for a model that does not converge on it
+# a search tries 34 placements on the first; the others are for a model that does not converge on it
 BOARDS = (
     "85...12........7.3....28.......5...8...7643...1.......67.2...4...2.....1..48.....",
+    "7.........8.1....5.5.3....4...43.6....35.7.....82..1....684..1.......7...2..5..8.",
+    "9......63....3...2....2.7..54.......2..4..35....8.6....3...4.7.412...8...89....36",
+    "...1.7......4..93...5.3..7.3..9...4.5.1.......42.........3...18.2....5..69.8....7",
 )
 BITS = "".join(map(str, np.random.RandomState(0).randint(0, 2, 64)))
 ZOOM = 2
@@ -736,9 +768,7 @@ class Canvas:
 
     def __init__(self, width, height):
         try:
-            from PIL import Image
-            from PIL import ImageDraw
-            from PIL import ImageFont
+            from PIL import Image, ImageDraw, ImageFont
         except ImportError:
             raise ResultsError("movies need pillow: pip install pillow") from None
         self.image = Image.new("RGB", (width * ZOOM, height * ZOOM), "white")
@@ -778,7 +808,7 @@ def loop_by_loop(model, x, tol, damping, limit):
 
 
 def save_movie(frames, times, path):
-    """Write a GIF with one small palette for all frames, and its last frame as a .png."""
+    """Write a GIF with one small palette for all frames."""
     from PIL import Image
 
     shown = [frames[0], frames[len(frames) // 2], frames[-1]]
@@ -786,9 +816,13 @@ def save_movie(frames, times, path):
     for i, frame in enumerate(shown):
         strip.paste(frame, (0, i * frame.height))
     palette = strip.quantize(32, dither=Image.Dither.NONE)
+    colours = np.array(palette.getpalette()).reshape(-1, 3)
+    colours[colours.min(1) >= 250] = 255        # white stays white
+    palette.putpalette(colours.flatten().tolist())
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)
-    small[0].save(path, save_all=True, append_images=small[1:], duration=times, loop=0, optimize=True)
+    small[0].save(path, save_all=True, append_images=small[1:], duration=times, loop=0,
+                  optimize=True)
     print(f"{path}: {len(frames)} frames, {path.stat().st_size / 1024:.0f} kB")
 
 
@@ -838,7 +872,7 @@ def board_frame(x, y, answer, residuals, total, tol, converged):
     px, py = points[-1]
     picture.box(px - 3, py - 3, 6, 6, BLUE)
     if converged:
-        picture.text(x0, bottom + 30, f"converged after {loop} loops", 14, BLUE, bold=1)
+        picture.text(x1, 46, f"converged after {loop} loops", 14, BLUE, "rm")
 
     for i, (digit, meaning) in enumerate((("5", "given"), ("5", "right so far"), ("5", "not yet"))):
         top = 318 + 26 * i
@@ -856,7 +890,7 @@ def string_frame(x, y, answers, total, converged):
     front = len(y) if right.all() else int(np.argmin(right))
     picture.text(x0, 16, f"loop {len(answers)}", 20, bold=1)
     picture.text(686, 16, f"right up to place {front}" + (": converged" if converged else ""), 14,
-                 BLUE, "rm", bold=int(converged))
+                 BLUE, "rm")
     for i in range(len(x)):
         left = x0 + cell * i
         picture.box(left, 48, cell - 1, 18, CLUE)
@@ -911,7 +945,8 @@ def movies(out):
     answers = [answer[start:] for answer in found]
     frames = []
     for t in range(1, len(answers) + 1):
-        frames.append(string_frame(x[start:], y[start:], answers[:t], len(answers), t == len(answers)))
+        frames.append(string_frame(x[start:], y[start:], answers[:t], len(answers),
+                                   t == len(answers)))
     save_movie(frames, [300] * (len(frames) - 1) + [5000], out / "prefix_sums.gif")
 
 
@@ -923,8 +958,10 @@ def main(argv=None):
     """-> exit code: 0, 1 if check finds a difference, 2 for what cannot be done, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["tables", "write", "check", "curve", "figures", "movies"])
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="folders, Markdown files or a run")
+    parser.add_argument("command",
+                        choices=["tables", "write", "check", "curve", "figures", "movies"])
+    parser.add_argument("paths", nargs="*", metavar="PATH",
+                        help="folders, Markdown files, a run or names of figures")
     parser.add_argument("--results", type=Path, default=RAW, help="the folder of raw results")
     parser.add_argument("--out", type=Path, default=ASSETS, help="where figures and movies go")
     args = parser.parse_args(argv)
