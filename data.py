@@ -1,322 +1,434 @@
-"""data.py: the tasks of looped.py behind one interface: integer tokens in, one class per token out.
+"""data.py: the tasks of looped.py, all in one shape: integer tokens in, one class per token out.
 
-    python data.py --task sudoku --n 3 --level hard    # print puzzles, solutions and ratings
-    python data.py --task chess --stats                # quantiles of ratings and sizes
-    python data.py --task sudoku --bench               # puzzles made a second on this machine
+    python data.py --task sudoku --side 6 --n 3 --level hard    # print puzzles with their answers
+    python data.py --task chess --files lichess_db_puzzle.csv   # the same from a public data set
 
 A puzzle is a row x of L token ids with a row y of L labels; an answer counts when all L are right.
-Puzzles are made offline from a seed and proven, none comes from a fixed list. There are two levels:
-easy (training, validation, one test) and hard (the other test). Prefix sums: 32 and 512 bits.
-Boards (sudoku with one solution, chess mates in one and two with one solving move): rating = how
-far an exhaustive search looked; hard = at or above the ratings' 80 % quantile. `path` reads files.
+Puzzles are made offline from a seed and each one is proven to have a single solution. There are two
+levels: "easy", which the model trains on, and "hard", which it meets only in a test.
+
+Which split a puzzle belongs to is decided by the puzzle itself (its checksum and its level), never
+by how many puzzles were asked for. So no request, however it grows, can move a puzzle from the
+training set into a test, or the other way round.
+
+Reading order: what every task has (Task); prefix sums, sudoku, chess; then the machinery: splits,
+cache and processes, data files, command line. A new task is one class and one line in TASKS.
 """
-import argparse, bz2, csv, gzip, hashlib, io, itertools, os, random, signal, sys, time  # noqa: E401
-import zipfile, zlib  # noqa: E401
+import argparse
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, fields, replace
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from zipfile import BadZipFile
 
 import chess
 import numpy as np
 
-VERSION = 1     # raise it whenever a seed makes other puzzles than before: caches carry it
 
 class DataError(ValueError):
     """Bad data or an impossible request: the message is one line that says what to do."""
 
+
 @dataclass
 class Puzzles:
     """x [N, L] token ids and y [N, L] labels, both uint8; rating [N], the difficulty."""
+
     x: np.ndarray
     y: np.ndarray
     rating: np.ndarray
+
     def __len__(self):
         return len(self.x)
+
     def __getitem__(self, i):
         return Puzzles(self.x[i], self.y[i], self.rating[i])
 
-def join(parts):
-    return Puzzles(*map(np.concatenate, zip(*(vars(p).values() for p in parts))))
 
-def unseen(rows, seen):
-    """Indices of the rows that are not in the set `seen`, to which they are added."""
-    keys = [row.tobytes() for row in rows]
-    return [i for i, key in enumerate(keys) if not (key in seen or seen.add(key))]
-# ---- all cores, time left, files -----------------------------------------------------------------
-def parallel(job, first=0):
-    """Yield job(first), job(first + 1), ... in order, made on all cores until closed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # a fork needs no main module to import: notebooks work; Ctrl-C is the parent's to handle
-    with ProcessPoolExecutor(cores, get_context("fork" if sys.platform == "linux" else "spawn"),
-                             signal.signal, (signal.SIGINT, signal.SIG_IGN)) as workers:
-        for start in itertools.count(first, 4 * cores):
-            yield from workers.map(job, range(start, start + 4 * cores))
+# --------------------------------------------------------------------------------------------------
+# what every task has
 
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
-def progress(what):
-    """-> report(done, total): now and then a line with the time left on stderr."""
-    start = last = time.monotonic()
-    def report(done, total):
-        nonlocal last
-        now, tty = time.monotonic(), sys.stderr.isatty()
-        if done and now - last > (0.5 if tty else 15):
-            last, left = now, clock((now - start) * (total - done) / done)
-            print(f"{what}: {done:,} of {total:,}, {left} left", file=sys.stderr,
-                  end="   \r" if tty and done < total else "\n", flush=True)
-    return report
-
-def write_atomic(path, content):
-    """bytes -> file: whatever happens, the old file is there or the new, never half of it."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-def load_cache(file):
-    """The arrays of a cache file, or {} if it is missing or not what save_cache wrote there."""
-    try:
-        with np.load(file, allow_pickle=False) as f:
-            arrays = dict(f)
-        if str(arrays.pop("name", None)) == file.name:
-            return arrays
-        print(f"{file}: not the cache of that name, making it again", file=sys.stderr)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        print(f"{file}: unreadable cache, making it again ({e})", file=sys.stderr)
-    return {}
-
-def save_cache(file, **arrays):
-    content = io.BytesIO()
-    np.savez_compressed(content, name=file.name, **arrays)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, content.getvalue())
-    except OSError as e:
-        print(f"{file}: cannot be kept ({e})", file=sys.stderr)
-# ---- what tasks share ----------------------------------------------------------------------------
 class Task:
-    """The fields of a task's dataclass are its options; what it does not override is as here."""
-    window, rope_base = 0, 10.0         # window 0: full attention
-    columns, limits = (), None          # of a data file: rating last; cut and largest hard rating
-    kinds = {}                          # what --bench measures: name -> options of chunk
+    """A task is a frozen dataclass: its fields are its options, all else is declared here.
+
+    These have no default. A class that lacks one is refused when it is defined, by name:
+
+        name      what --task calls it
+        grid      the shape of its tokens, (length,) or (rows, columns)
+        vocab     tokens are 0 .. vocab - 1
+        classes   labels are 0 .. classes - 1
+        symbols   a character for every token, and for every label that is printed
+        chance    what guessing would get right, as a phrase
+        levels    {"easy": phrase, "hard": phrase}: what the puzzles that are made here are
+        chunk     makes puzzles (below)
+        draw      lays out a puzzle as text (below)
+        read      the text of a puzzle -> tokens (below)
+    """
+
+    # attention sees this many tokens around each (0: all), and RoPE turns with this base
+    window = 0
+    rope_base = 10.0
+
+    # the columns of a data file, the rating last; () if the task reads no files
+    columns = ()
+
+    # in a file: the least hard rating and the largest; None: the 80 % quantile, without a largest
+    file_limits = None
+
+    # chunks that take long are made on all cores and kept in the cache
+    slow = False
+
+    def __init_subclass__(cls):
+        needed = ["name", "grid", "vocab", "classes", "symbols", "chance", "levels"]
+        needed += ["chunk", "draw", "read"]
+        if cls.columns:
+            needed.append("convert")
+
+        missing = [n for n in needed if getattr(cls, n, None) is getattr(Task, n, None)]
+        if missing:
+            raise TypeError(f"task {cls.__name__} lacks {', '.join(missing)}: see data.Task")
+
+    # ---- making and reading puzzles: a task's own
+
+    def chunk(self, seed, index):
+        """-> {"easy": Puzzles, "hard": Puzzles}, lot number `index` of the puzzles of a seed.
+
+        It depends on seed, index and options alone, and holds a fixed amount of work.
+        """
+        raise NotImplementedError
+
+    def draw(self, x, answers):
+        """x [L] -> its text for a reader; answers {i: text of token i's answer}, may be empty."""
+        raise NotImplementedError
+
+    def read(self, text):
+        """What `text` wrote -> x [L], solution y [L] or None; ValueError with the reason."""
+        raise NotImplementedError
+
+    def convert(self, *texts):
+        """A file's columns without the rating -> x [L], y [L]; ValueError with the reason."""
+        raise NotImplementedError
+
+    def verify(self, x, y):
+        """Rows of a file, x and y [N, L] -> N reasons not to use them, "" where there is none."""
+        return [""] * len(x)
+
+    def distinct(self, x, y):
+        """x or y [N, L]: what no two puzzles of a data set share, and what decides their split."""
+        return x
+
+    # ---- training and evaluation
+
+    def loss(self, logits, y):
+        """logits [B, L, C], labels [B, L] -> scalar."""
+        # torch is imported where it is needed: processes that only make puzzles start faster
+        import torch.nn.functional as F
+
+        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+
     def predict(self, logits):
         """logits [B, L, C] -> labels [B, L]."""
         return logits.argmax(-1)
+
     def scored(self, x):
         """x [B, L] -> bool [B, L]: the tokens that count for per-token accuracy."""
         return x >= 0
+
     def augment(self, x, y, generator):
-        """x, y [B, L] -> as many other puzzles with their solutions; all on one device."""
+        """x, y [B, L] -> as many other puzzles with their solutions, all on one device."""
         return x, y
-    def distinct(self, x, y):
-        """x or y: what no two puzzles of a data set may share, whatever their splits."""
-        return x
-    def cut(self, rating):
-        """rating [N] -> the smallest hard one: the 80 % quantile, but above the lowest rating."""
-        q, above = np.quantile(rating, 0.8), rating[rating > rating.min()]
-        return q if q > rating.min() else above.min(initial=np.iinfo(int).max)
+
+    def rename(self, x, generator):
+        """x [B, L] -> the same puzzles in another guise x2, and undo(y2 [B, L]) -> labels of x.
+
+        None for a task without such a symmetry.
+        """
+        return None
+
+    # ---- text
+
     def text(self, x):
-        """tokens [L] -> what `parse` reads."""
-        return "".join(self.symbols[v] for v in x)
+        """x [L] -> what `parse` reads."""
+        return "".join(self.symbols[token] for token in x)
+
     def tokens(self, text, symbols):
         """text -> the places [L] of its characters in symbols."""
-        for c in set(text) - set(symbols):
-            raise DataError(f"{c!r} is none of {symbols}")
+        for c in text:
+            if c not in symbols:
+                raise DataError(f"{c!r} is none of {symbols}")
         return np.array([symbols.index(c) for c in text], np.uint8)
-    def parse(self, text):
-        """What a user typed -> x [L], its solution y [L] if there is a proven one, else None."""
-        try:
-            return self.read(text.strip())
-        except ValueError as e:
-            raise DataError(f"puzzle {text.strip()!r}: {e}") from None
-    def answer(self, text, y):
-        """labels y [L] for the puzzle of a text -> a line on whether they solve it."""
-        wrong = (self.parse(text)[1] != np.asarray(y)).sum()
-        return f"{wrong} of {len(y)} are wrong" if wrong else "solved"
-    def make(self, seed, need, cache):
-        """-> {level: Puzzles} from as few chunks of the seed as hold need {level: count}.
 
-        Chunks depend on options, seed and index alone: not on the number of cores, nor on the
-        cache, which keeps all that were made, also when interrupted.
-        """
-        options = "-".join(map(str, (self.name, *astuple(self), "seed", seed, f"v{VERSION}")))
-        file, report = Path(cache) / f"{options}.npz", progress(f"making {self.name}")
-        old, parts, have = load_cache(file), [], []
-        if old:
-            ends = old.pop("ends")
-            parts = [Puzzles(**old)[a:b] for a, b in itertools.pairwise(ends)]
-        kept, seen = len(parts), {r.tobytes() for p in parts for r in self.distinct(p.x, p.y)}
-        more = parallel(partial(self.chunk, seed), max(kept, 1))
+    def parse(self, text):
+        """What a user typed -> x [L], solution y [L] if one is proven, else None; or DataError."""
+        text = text.strip()
         try:
-            for used in itertools.count(1):
-                if used > len(parts):   # one chunk is often enough and not worth the processes
-                    new = next(more) if used > 1 else self.chunk(seed, 0)
-                    parts.append(new[unseen(self.distinct(new.x, new.y), seen)])
-                rating = np.concatenate([p.rating for p in parts[:used]])
-                hard = rating >= self.cut(rating)
-                have.append({"easy": (~hard).sum(), "hard": hard.sum()})
-                short = [k for k in need if have[-1][k] < need[k]]
-                if not short:
-                    pool = join(parts[:used])
-                    return {"easy": pool[~hard][:need["easy"]], "hard": pool[hard][:need["hard"]]}
-                for k in short:
-                    if used > 20 and have[-1][k] - have[-21][k] < 20:
-                        raise DataError(f"{self.name}: hardly more than {have[-1][k]:,} different "
-                                        f"{k} puzzles can be made, {need[k]:,} asked for")
-                report(sum(min(have[-1][k], need[k]) for k in need), sum(need.values()))
-        finally:
-            more.close()
-            if len(parts) > kept:
-                save_cache(file, ends=np.cumsum([0, *map(len, parts)]), **vars(join(parts)))
-    def paint(self, i, y, paint):
-        """The text of label y[i], decorated by paint(i, text) if there is one."""
-        return paint(i, self.symbols[y[i]]) if paint else self.symbols[y[i]]
-# ---- prefix sums ---------------------------------------------------------------------------------
-START = 2       # the token before the bits
+            return self.read(text)
+        except ValueError as error:
+            raise DataError(f"puzzle {text!r}: {error}") from None
+
+    def answers(self, x, y):
+        """x, y [L] -> {i: text of label y[i]} for the tokens i whose labels are worth showing."""
+        return {i: self.symbols[y[i]] for i in np.flatnonzero(self.scored(x)).tolist()}
+
+    def show(self, x, y=None, mark=None):
+        """x [L] -> its text for a reader, with y its answer; mark(i, text) -> decorated text."""
+        x = np.asarray(x)
+        answers = {}
+        if y is not None:
+            answers = self.answers(x, np.asarray(y))
+        if mark is not None:
+            answers = {i: mark(i, text) for i, text in answers.items()}
+        return self.draw(x, answers)
+
+    def answer(self, text, y):
+        """The text of a puzzle and labels y [L] -> one line on whether they solve it."""
+        solution = self.parse(text)[1]
+        wrong = (solution != np.asarray(y)).sum()
+        if wrong:
+            return f"{wrong} of {len(solution)} are wrong"
+        return "solved"
+
+
+def residue(row):
+    """A puzzle's key [L] -> 0 .. 15, as good as random: the sixteenth of all puzzles it is in."""
+    # not a CRC, which is a parity of the bits: a split would then be a parity class of the strings
+    return hashlib.sha256(row.tobytes()).digest()[0] % 16
+
+
+# --------------------------------------------------------------------------------------------------
+# prefix sums
+
+START = 2               # the token before the bits
+MOST_BITS = 65536       # a lot of such strings takes about 200 MB
+HARD_SIXTEENTH = 2      # if both levels have one length: the strings that are hard
+
 
 @dataclass(frozen=True)
 class PrefixSums(Task):
-    """y_i = (x_1 + ... + x_i) mod 2: the last label needs the first bit, however long the string.
+    """bits 1101 -> tokens 2 1 1 0 1 -> labels 0 1 0 0 1: y_i = (x_1 + ... + x_i) mod 2.
 
-    With the paper's window of 5 tokens one loop moves information 2 places, so L bits need about
-    L / 2 loops: more than training ever used as soon as the test strings are longer.
+    The last label needs the first bit, however long the string. With the paper's window of 5 tokens
+    one loop moves information 2 places, so L bits need about L / 2 loops: more than training ever
+    used as soon as the test strings are longer.
 
-    A start token comes first (label 0). Without it (positions "relative", as in the paper) it must
-    find the edge by itself, and windows that shift inwards hide it: in a string that begins with
-    five or more ones the first tokens see five equal neighbours, as they would in the middle of a
-    run, and softmax weights sum to 1, so position does not show.
+    A start token comes first (label 0). Without it (positions "relative", as in the paper) the
+    model must find the edge by itself, and windows that shift inwards hide it: in a string that
+    begins with five or more ones the first tokens see five equal neighbours, as they would in the
+    middle of a run, and softmax weights sum to 1, so position does not show.
+
+    Rating: the number of bits.
     """
+
     bits: int = 32
     hard_bits: int = 512
     positions: str = "absolute"
-    name, vocab, classes, window, rope_base = "prefix_sums", 3, 2, 5, 1e4
-    symbols, size, chance = "01", "ones", "half of the sums would be right"
+
+    name = "prefix_sums"
+    vocab = 3
+    classes = 2
+    symbols = "01"
+    chance = "half of the sums would be right"
+    window = 5
+    rope_base = 1e4
+
     def __post_init__(self):
-        for flag in ("bits", "hard_bits"):
-            if getattr(self, flag) < 1:
-                raise DataError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        for option in ("bits", "hard_bits"):
+            length = getattr(self, option)
+            if not 1 <= length <= MOST_BITS:
+                raise DataError(f"--{option} {length}: must be 1 to {MOST_BITS}")
         if self.positions not in ("absolute", "relative"):
             raise DataError(f"--positions {self.positions}: choose absolute or relative")
+
+    @property
+    def levels(self):
+        return {"easy": f"{self.bits} bits", "hard": f"{self.hard_bits} bits"}
+
+    @property
+    def front(self):
+        """How many start tokens there are, 0 or 1."""
+        return int(self.positions == "absolute")
+
     @property
     def grid(self):
         return (self.bits + self.front,)
-    @property
-    def front(self):
-        return int(self.positions == "absolute")    # start tokens
+
     def scored(self, x):
         return x != START
+
     def puzzles(self, bits):
         """bits [N, n] -> Puzzles, with the start token if there is one."""
-        front, sums = ((0, 0), (self.front, 0)), np.bitwise_xor.accumulate(bits, 1)
-        return Puzzles(np.pad(bits, front, constant_values=START), np.pad(sums, front),
-                       np.full(len(bits), bits.shape[1]))
-    def make(self, seed, need, cache):
-        rng, seen, out = np.random.default_rng(seed), set(), {}
-        for level, flag in (("easy", "bits"), ("hard", "hard_bits")):
-            bits, taken = getattr(self, flag), len(seen) if self.bits == self.hard_bits else 0
-            n, x = need[level], np.empty((0, bits), np.uint8)
-            if n + taken > 2 ** bits:
-                raise DataError(f"--{flag} {bits}: only {2 ** bits:,} strings for {n + taken:,} "
-                                f"puzzles, at least --{flag} {(n + taken - 1).bit_length()} needed")
-            while len(x) < n:                   # repetitions are drawn again
-                more = rng.integers(0, 2, (n - len(x), bits), np.uint8)
-                x = np.concatenate((x, more[unseen(more, seen)]))
-            out[level] = self.puzzles(x)
-        return out
+        sums = np.bitwise_xor.accumulate(bits, axis=1)
+        front = ((0, 0), (self.front, 0))
+        x = np.pad(bits, front, constant_values=START)
+        y = np.pad(sums, front)
+        return Puzzles(x, y, np.full(len(bits), bits.shape[1]))
+
+    def chunk(self, seed, index):
+        # two streams of random numbers, so that neither level depends on the other's length
+        easy_rng = np.random.default_rng((seed, index, 0))
+        hard_rng = np.random.default_rng((seed, index, 1))
+        easy = easy_rng.integers(0, 2, (1024, self.bits), np.uint8)
+        hard = hard_rng.integers(0, 2, (128, self.hard_bits), np.uint8)
+
+        # strings of one length could be in both levels: give one sixteenth of them to the hard one
+        if self.bits == self.hard_bits:
+            easy = easy[[residue(row) != HARD_SIXTEENTH for row in easy]]
+            hard = hard[[residue(row) == HARD_SIXTEENTH for row in hard]]
+        return {"easy": self.puzzles(easy), "hard": self.puzzles(hard)}
+
+    def distinct(self, x, y):
+        return x[:, self.front:]
+
     def text(self, x):
         return super().text(x[self.scored(x)])
-    def show(self, x, y=None, paint=None):
+
+    def draw(self, x, answers):
         """The bits and, below them, their sums; 64 to a line."""
         lines = []
-        for some in (range(i, min(i + 64, len(x))) for i in range(self.front, len(x), 64)):
-            lines.append("bits  " + self.text(x[some.start:some.stop]))
-            if y is not None:
-                lines.append("sums  " + "".join(self.paint(i, y, paint) for i in some))
+        for start in range(self.front, len(x), 64):
+            places = range(start, min(start + 64, len(x)))
+            lines.append("bits  " + self.text(x[places]))
+            if answers:
+                lines.append("sums  " + "".join(answers[i] for i in places))
         return "\n".join(lines)
-    def read(self, text):
-        p = self.puzzles(self.tokens("".join(text.split()) or " ", self.symbols)[None])
-        return p.x[0], p.y[0]
-# ---- sudoku: many boards at once -----------------------------------------------------------------
-# cand [L, M] uint16: bit d - 1 of a cell says that digit d is still possible there. Boards lie on
-# the last axis, so that each numpy operation runs over thousands of them.
 
-BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}         # side -> rows and columns of a box
-# with cells as [band, row in band, stack, column in stack]: the axes of a row, a column, a box
-UNITS = (2, 3), (0, 1), (1, 3)
+    def read(self, text):
+        bits = self.tokens("".join(text.split()), self.symbols)
+        if not 1 <= len(bits) <= MOST_BITS:
+            raise DataError(f"{len(bits)} bits, must be 1 to {MOST_BITS}")
+        puzzle = self.puzzles(bits[None])
+        return puzzle.x[0], puzzle.y[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# sudoku: many boards at once
+#
+# cand [L, M] uint16 are the candidates of M boards: bit d - 1 of a cell says that digit d is still
+# possible there. Boards lie on the last axis, so that each numpy operation runs over all of them.
+
+# cells as [band, row in band, stack, column in stack]: the axes that span a row, a column, a box
+UNITS = ((2, 3), (0, 1), (1, 3))
+
 
 def deduce(cand, box):
     """One round of naked, then hidden singles -> new candidates [L, M], contradiction found [M]."""
-    h, w = box
-    g = cand.reshape(w, h, h, w, -1)
+    height, width = box
+    full = np.uint16((1 << height * width) - 1)
+    g = cand.reshape(width, height, height, width, -1)
+    bad = np.zeros_like(g[0, 0, 0, 0])
+
+    # naked singles: a cell's only candidate is impossible in the rest of its row, column and box
     single = np.where(g & (g - 1), 0, g)
-    fixed, hidden, bad = np.zeros_like(g), np.zeros_like(g), np.zeros_like(g[0, 0, 0, 0])
+    fixed = np.zeros_like(g)
     for unit in UNITS:
-        f = np.bitwise_or.reduce(single, unit, keepdims=True)
+        union = np.bitwise_or.reduce(single, unit, keepdims=True)
         total = np.add.reduce(single, unit, dtype=g.dtype, keepdims=True)
-        bad |= np.bitwise_or.reduce(total ^ f, (0, 1, 2, 3))        # a digit twice in a unit
-        fixed |= f
+        bad |= np.bitwise_or.reduce(total ^ union, (0, 1, 2, 3))        # a digit twice in a unit
+        fixed |= union
     g = (g & ~fixed) | single
+
+    # hidden singles: a digit that has one cell left in a unit goes there
+    hidden = np.zeros_like(g)
     for unit in UNITS:
         cells = np.moveaxis(g, unit, (0, 1))
-        once, twice = np.zeros_like(cells[0, 0]), np.zeros_like(cells[0, 0])
+        once = np.zeros_like(cells[0, 0])
+        twice = np.zeros_like(cells[0, 0])
         for cell in itertools.chain(*cells):
             twice |= once & cell
             once |= cell
-        bad |= np.bitwise_and.reduce(once, (0, 1)) ^ ((1 << h * w) - 1)     # a digit nowhere
+        bad |= np.bitwise_and.reduce(once, (0, 1)) ^ full               # a digit nowhere in a unit
         hidden |= np.expand_dims(once & ~twice, unit)
     hidden &= g
-    bad |= np.bitwise_or.reduce(hidden & (hidden - (hidden > 0)), (0, 1, 2, 3))
+    bad |= np.bitwise_or.reduce(hidden & (hidden - (hidden > 0)), (0, 1, 2, 3))     # two in a cell
+
     new = np.where(hidden, hidden, g).reshape(cand.shape)
     return new, (bad != 0) | ~new.all(0)
+
+
+def branch(cand, owner, digits):
+    """Stuck boards cand [L, M] -> their children and the children's owners, digit by digit.
+
+    A child is the board with one candidate tried in a cell that has the fewest.
+    """
+    size = np.bitwise_count(cand)
+    cell = np.where(size > 1, size, 99).argmin(0)
+    options = cand[cell, np.arange(len(owner))]
+
+    children = []
+    owners = []
+    for d in range(digits):
+        parent = np.flatnonzero(options >> d & 1)
+        child = cand.take(parent, 1)
+        child[cell[parent], np.arange(len(parent))] = 1 << d
+        children.append(child)
+        owners.append(owner[parent])
+    return children, owners
+
 
 def solve(cand, box, limit=2, width=256):
     """cand [L, N] -> solutions found (up to limit) [N], one of them [L, N], placements tried [N].
 
-    A cell with the fewest candidates is branched on; each candidate is one tentative placement.
-    Their number is a puzzle's rating: with a single solution the search is exhaustive, so it does
-    not depend on the order of the search.
+    Singles are deduced until nothing moves; then each candidate of a cell with the fewest is tried.
+    The number of tries is a puzzle's rating: with a single solution the search is exhaustive, so it
+    does not depend on the order of the search.
     """
     N = cand.shape[1]
-    owner = np.arange(N)                # whose position a column of cand is; sorted, latest last
-    found, tried, solution = np.zeros(N, int), np.zeros(N, int), np.zeros_like(cand)
+    found = np.zeros(N, int)
+    tried = np.zeros(N, int)
+    solution = np.zeros_like(cand)
+
+    # the open positions of all puzzles: column j belongs to puzzle owner[j]; sorted, latest last
+    owner = np.arange(N)
     while len(owner):
-        # depth first for all boards at once, the k latest positions of each: all of them would
-        # grow exponentially on boards with many solutions
-        k = max(1, width // len(np.unique(owner)))
-        pick = np.searchsorted(owner, owner, "right") - np.arange(len(owner)) <= k
-        old, who = cand.compress(pick, 1), owner[pick]
+        # depth first for all puzzles at once, the `share` latest positions of each: to follow all
+        # of them would grow exponentially on boards with many solutions
+        share = max(1, width // len(np.unique(owner)))
+        behind = np.searchsorted(owner, owner, "right") - np.arange(len(owner))
+        pick = behind <= share
+        old = cand.compress(pick, 1)
+        who = owner[pick]
+
+        # contradictions are dropped, boards that changed are kept for another round
         new, dead = deduce(old, box)
         stable = (new == old).all(0) & ~dead
         moving = ~(stable | dead)
         boards = [cand.compress(~pick, 1), new.compress(moving, 1)]
         owners = [owner[~pick], who[moving]]
 
-        new, who = new.compress(stable, 1), who[stable]
-        size = np.bitwise_count(new)
-        done = (size == 1).all(0)
+        # boards that stand still are solved or stuck
+        new = new.compress(stable, 1)
+        who = who[stable]
+        done = (np.bitwise_count(new) == 1).all(0)
         solution[:, who[done]] = new.compress(done, 1)
         found += np.bincount(who[done], minlength=N)
-        cell = np.where(size > 1, size, 99).argmin(0)
-        options = np.where(done, 0, new[cell, np.arange(len(who))])
-        for d in range(box[0] * box[1]):
-            at = np.flatnonzero(options >> d & 1)
-            child = new.take(at, 1)
-            child[cell[at], np.arange(len(at))] = 1 << d
-            boards.append(child)
-            owners.append(who[at])
-        tried += np.bincount(np.concatenate(owners[2:]), minlength=N)
-        owner = np.concatenate(owners)
+        children, parents = branch(new.compress(~done, 1), who[~done], box[0] * box[1])
+        tried += np.bincount(np.concatenate(parents), minlength=N)
+
+        # the children are the latest; a puzzle with enough solutions is left alone
+        cand = np.concatenate(boards + children, 1)
+        owner = np.concatenate(owners + parents)
         order = owner.argsort(kind="stable")
         order = order[found[owner[order]] < limit]
-        cand, owner = np.concatenate(boards, 1).take(order, 1), owner[order]
+        cand = cand.take(order, 1)
+        owner = owner[order]
     return found, solution, tried
+
 
 def solved_grids(rng, N, box):
     """-> N full boards [L, N]: random digits in random tightest cells, starting again if stuck.
@@ -331,156 +443,307 @@ def solved_grids(rng, N, box):
         stable = (new == cand).all(0) & ~dead
         cand = np.where(dead, full, new)
         size = np.bitwise_count(cand)
-        at = np.flatnonzero(stable & (size > 1).any(0))
-        if stable.all() and not len(at):
+        stuck = np.flatnonzero(stable & (size > 1).any(0))
+        if stable.all() and not len(stuck):
             return cand
-        size = size.take(at, 1)
-        cell = np.where(size > 1, size + rng.random(size.shape, np.float32), 99).argmin(0)
-        options = cand[cell, at] >> np.arange(n, dtype=np.uint16)[:, None] & 1
-        cand[cell, at] = 1 << (rng.random(options.shape, np.float32) * options).argmax(0)
+
+        # boards where deduction stands still get a random digit in one of their tightest cells
+        size = size.take(stuck, 1)
+        noise = rng.random(size.shape, np.float32)
+        cell = np.where(size > 1, size + noise, 99).argmin(0)
+        options = cand[cell, stuck] >> np.arange(n, dtype=np.uint16)[:, None] & 1
+        digit = (rng.random(options.shape, np.float32) * options).argmax(0)
+        cand[cell, stuck] = 1 << digit
+
 
 def remove_clues(rng, grid, box, keep):
-    """grid [L, N] -> puzzle [L, N]: clues go in random order while the solution stays unique, that
-    is, while no solution has another digit there; down to keep [N] clues, or until all are needed.
+    """Full boards grid [L, N] -> puzzles [L, N] with the same single solution.
+
+    Clues go in random order while the solution stays unique, that is, while no solution has another
+    digit there; down to keep [N] clues, or until all that remain are needed.
     """
     L, N = grid.shape
-    full, puzzle, clues = np.uint16((1 << box[0] * box[1]) - 1), grid.copy(), np.full(N, L)
+    full = np.uint16((1 << box[0] * box[1]) - 1)
+    puzzle = grid.copy()
+    clues = np.full(N, L)
     for cell in rng.random((L, N)).argsort(0):
+        # another digit in this cell: if that has a solution, the clue must stay
         board = np.flatnonzero(clues > keep)
         trial = puzzle.take(board, 1)
         trial[cell[board], np.arange(len(board))] ^= full
-        board = board[solve(trial, box, limit=1)[0] == 0]
+        found = solve(trial, box, limit=1)[0]
+
+        board = board[found == 0]
         puzzle[cell[board], board] = full
         clues[board] -= 1
     return puzzle
 
+
+# --------------------------------------------------------------------------------------------------
+# sudoku: the task
+
+
+@dataclass(frozen=True)
+class Side:
+    """What differs between boards of side 4, 6 and 9."""
+
+    box: tuple          # rows and columns of a box
+    spare: tuple        # half of the puzzles keep from .. to clues, the others only what they need
+    rating: str         # "placements" that `solve` tries, or "blanks"
+    easy: int           # the largest easy rating
+    hard: int           # the least hard rating; between the two a puzzle is dropped
+    distinct: str       # no two puzzles share their "grid", or only their "puzzle"
+    levels: dict
+
+
+SIDES = {
+    # a toy: there are 288 grids, a model can memorise them, and nearly all puzzles fall to singles
+    4: Side((2, 2), (7, 10), "blanks", 9, 11, "puzzle",
+            {"easy": "7 to 10 clues", "hard": "4 or 5 clues"}),
+    # 28,200,960 grids
+    6: Side((2, 3), (0, 0), "placements", 0, 1, "grid",
+            {"easy": "singles suffice (rating 0)", "hard": "rating 1 and more"}),
+    # 6.7e21 grids
+    9: Side((3, 3), (0, 0), "placements", 4, 5, "grid",
+            {"easy": "at most 4 placements tried", "hard": "5 and more"}),
+}
+
+
 @dataclass(frozen=True)
 class Sudoku(Task):
-    """Tokens: 0 (blank) and 1..side; labels: the digit of every cell.
+    """a row .2..41 of a 6x6 board -> tokens 0 2 0 0 4 1 -> labels 6 2 5 3 4 1, its digits.
 
-    Rating = tentative placements of `solve`; 0: naked and hidden singles suffice. Puzzles are
-    minimal (every clue is needed) and all from different grids. 4x4 is a toy: a model can memorise
-    its 288 grids, and nearly all puzzles fall to singles. There the rating is the number of blanks,
-    easy has 7 to 10 clues and hard 4 or 5, and only the puzzles differ. 6x6 has 28,200,960 grids.
+    Tokens: 0 (blank) and 1..side, row by row; labels: the digit of every cell, also of the clues.
+    Rating: the tentative placements of `solve`; 0 means that naked and hidden singles suffice.
+    Puzzles are minimal, every clue is needed (but see SIDES for 4x4).
     """
+
     side: int = 9
-    name, symbols, size, columns = "sudoku", ".123456789", "clues", ("question", "answer", "rating")
-    kinds = {"unique, rated puzzles": {}}
+
+    name = "sudoku"
+    symbols = ".123456789"
+    columns = ("question", "answer", "rating")
+    slow = True
+
     def __post_init__(self):
-        if self.side not in BOX:
+        if self.side not in SIDES:
             raise DataError(f"--side {self.side}: choose 4, 6 or 9")
-        n = self.side                           # class 0 is never a label
-        chance = f"1/{n} of the blank cells (those that count as tokens) would be right"
-        vars(self).update(grid=(n, n), box=BOX[n], vocab=n + 1, classes=n + 1, chance=chance)
+
+    @property
+    def box(self):
+        return SIDES[self.side].box
+
+    @property
+    def levels(self):
+        return SIDES[self.side].levels
+
+    @property
+    def grid(self):
+        return (self.side, self.side)
+
+    @property
+    def vocab(self):
+        return self.side + 1
+
+    @property
+    def classes(self):
+        return self.side + 1        # class 0 is never a label
+
+    @property
+    def chance(self):
+        return f"1/{self.side} of the blank cells (those that count as tokens) would be right"
+
     def scored(self, x):
         return x == 0
+
     def distinct(self, x, y):
-        return x if self.side == 4 else y
-    def cut(self, rating):
-        return 10 if self.side == 4 else super().cut(rating)
+        return y if SIDES[self.side].distinct == "grid" else x
+
     def chunk(self, seed, index, n=1024):
-        """The index-th lot of puzzles of a seed."""
-        rng, keep = np.random.default_rng((seed, index)), np.zeros(n, int)
-        if self.side == 4:
-            keep[::2] = rng.integers(7, 11, n // 2)
+        side = SIDES[self.side]
+        rng = np.random.default_rng((seed, index))
+        keep = np.zeros(n, int)
+        keep[::2] = rng.integers(side.spare[0], side.spare[1] + 1, len(keep[::2]))
+
+        # make them, then prove once more that each has one solution
         grid = solved_grids(rng, n, self.box)
         puzzle = remove_clues(rng, grid, self.box, keep)
-        found, solution, rating = solve(puzzle, self.box)
+        found, solution, placements = solve(puzzle, self.box)
         assert (found == 1).all() and (solution == grid).all(), "not exactly one solution"
-        y = np.bitwise_count(grid - 1) + 1
-        x = np.where(np.bitwise_count(puzzle) == 1, y, 0).astype(np.uint8)
-        p = Puzzles(x.T.copy(), y.T.copy(), (x == 0).sum(0) if self.side == 4 else rating)
-        return p[p.rating != 10] if self.side == 4 else p
-    def augment(self, x, y, generator):
-        """Digits renamed; bands, stacks, rows, columns permuted; half transposed if boxes allow."""
-        import torch        # here: a process that only makes puzzles starts faster without it
-        (h, w), n, B = self.box, self.side, len(x)
 
-        def order(*shape):                                      # random, of the last axis
-            return torch.rand(B, *shape, device=x.device, generator=generator).argsort(-1)
+        y = self.digits(grid)
+        x = np.where(np.bitwise_count(puzzle).T == 1, y, 0).astype(np.uint8)
+        ratings = {"placements": placements, "blanks": (x == 0).sum(1)}
+        p = Puzzles(x, y, ratings[side.rating])
+        return {"easy": p[p.rating <= side.easy], "hard": p[p.rating >= side.hard]}
 
-        rows = (order(w)[..., None] * h + order(w, h)).view(B, n, 1)
-        columns = (order(h)[..., None] * w + order(h, w)).view(B, 1, n)
+    def digits(self, grid):
+        """Full boards [L, N] of candidate bits -> [N, L] digits."""
+        return np.bitwise_count(grid - 1).T.copy() + np.uint8(1)
+
+    def prove(self, x):
+        """x [N, L] -> solutions [N, L], and N reasons why x is no puzzle, "" where it is one."""
+        bits = np.array([(1 << self.side) - 1] + [1 << d for d in range(self.side)], np.uint16)
+        found, solution, _ = solve(bits[x].T, self.box)
+
+        reasons = np.array(["no solution", "", "several solutions"], object)[found]
+        reasons[(x == 0).all(1)] = "no clues"
+        return self.digits(solution), reasons
+
+    def verify(self, x, y):
+        solution, reasons = self.prove(x)
+        wrong = (reasons == "") & (solution != y).any(1)
+        reasons[wrong] = "the answer is not the solution"
+        return reasons.tolist()
+
+    def symmetry(self, count, device, generator):
+        """-> cell [B, L] and digit [B, side + 1]: for each board a random symmetry of the rules.
+
+        The image of a board is digit[board[cell]]: digits renamed, bands, stacks, and rows and
+        columns within them permuted; half of the boards transposed where boxes are square.
+        """
+        import torch
+        import torch.nn.functional as F
+
+        n = self.side
+        h, w = self.box
+
+        def order(*shape):
+            """Random permutations of the last axis."""
+            noise = torch.rand(count, *shape, device=device, generator=generator)
+            return noise.argsort(-1)
+
+        rows = (order(w)[..., None] * h + order(w, h)).view(count, n, 1)
+        columns = (order(h)[..., None] * w + order(h, w)).view(count, 1, n)
         cell = rows * n + columns                               # [B, n, n]
         if h == w:
-            cell = torch.where(order(2)[..., :1, None] == 0, cell, cell.mT)
-        digit = torch.nn.functional.pad(order(n) + 1, (1, 0)).to(x.dtype)       # 0 stays blank
-        return tuple(digit.gather(1, t.gather(1, cell.flatten(1)).long()) for t in (x, y))
-    def show(self, x, y=None, paint=None):
-        """The board with its boxes; with y its digits in the blanks."""
-        (h, w), n, cells = self.box, self.side, list(self.text(x))
-        for i in [] if y is None else np.flatnonzero(np.asarray(x) == 0).tolist():
-            cells[i] = self.paint(i, y, paint)
+            transpose = order(2)[..., :1, None] == 0
+            cell = torch.where(transpose, cell, cell.mT)
+        digit = F.pad(order(n) + 1, (1, 0))                     # 0 stays blank
+        return cell.flatten(1), digit
+
+    def augment(self, x, y, generator):
+        cell, digit = self.symmetry(len(x), x.device, generator)
+        digit = digit.to(x.dtype)
+        return tuple(digit.gather(1, board.gather(1, cell).long()) for board in (x, y))
+
+    def rename(self, x, generator):
+        cell, digit = self.symmetry(len(x), x.device, generator)
+        x2 = digit.gather(1, x.gather(1, cell).long()).to(x.dtype)
+
+        import torch
+
+        def undo(y2):
+            # the image's cell i was cell[i]: digits back first, then cells
+            y = digit.argsort(-1).gather(1, y2.long()).to(y2.dtype)
+            return torch.empty_like(y).scatter(1, cell, y)
+
+        return x2, undo
+
+    def draw(self, x, answers):
+        """The board with its boxes, the answers in the blanks."""
+        h, w = self.box
+        n = self.side
+        cells = list(self.text(x))
+        for i, text in answers.items():
+            cells[i] = text
+
         stacks = [" ".join(cells[i:i + w]) for i in range(0, n * n, w)]
         rows = [" | ".join(stacks[i:i + h]) for i in range(0, n * h, h)]
         rule = "\n" + "-+-".join(["-" * (2 * w - 1)] * h) + "\n"
         return rule.join("\n".join(rows[i:i + h]) for i in range(0, n, h))
-    def tokens(self, text, symbols=symbols):
+
+    def board(self, text):
+        """The characters of a board -> its tokens [L]."""
         if len(text) != self.side ** 2:
             raise DataError(f"{len(text)} characters, not the {self.side ** 2} of side {self.side}")
-        return super().tokens(text.replace("0", "."), symbols[:self.side + 1])
+        return self.tokens(text.replace("0", "."), self.symbols[:self.side + 1])
+
     def read(self, text):
-        x = self.tokens("".join(text.split()))
-        cand = np.where(x, 1 << (x.astype(int) - 1).clip(0), (1 << self.side) - 1)
-        found, y, _ = solve(cand.astype(np.uint16)[:, None], self.box)
-        if found[0] != 1:
-            raise DataError("several solutions" if found[0] else "no solution")
-        return x, np.bitwise_count(y[:, 0] - 1) + 1
+        x = self.board("".join(text.split()))
+        solution, reasons = self.prove(x[None])
+        if reasons[0]:
+            raise DataError(reasons[0])
+        return x, solution[0]
+
     def convert(self, question, answer):
-        """Fields of a file -> x, y [L], or ValueError with the reason."""
-        x, y = self.tokens(question), self.tokens(answer)
-        if ((x > 0) & (x != y)).any():
-            raise ValueError("the answer contradicts a clue")
-        g = (1 << y.astype(int)).reshape(*self.box[::-1], *self.box)
-        if any((np.bitwise_or.reduce(g, unit) != (2 << self.side) - 2).any() for unit in UNITS):
-            raise ValueError("the answer breaks a rule")
-        return x, y
-# ---- chess ---------------------------------------------------------------------------------------
+        return self.board(question), self.board(answer)
+
+
+# --------------------------------------------------------------------------------------------------
+# chess: positions and their proof
+
+
 def checks(board):
-    """Legal moves but castling that give check, and a few more."""
-    us, king, occupied = board.turn, board.king(not board.turn), board.occupied
+    """Yield the legal moves, castling excepted, that give check, and a few more."""
+    us = board.turn
+    king = board.king(not us)
+    occupied = board.occupied
+
+    # the squares from which each kind of piece would see the king
     diagonal = chess.BB_DIAG_ATTACKS[king][chess.BB_DIAG_MASKS[king] & occupied]
-    line = (chess.BB_RANK_ATTACKS[king][chess.BB_RANK_MASKS[king] & occupied]
-            | chess.BB_FILE_ATTACKS[king][chess.BB_FILE_MASKS[king] & occupied])
-    pawn = chess.BB_PAWN_ATTACKS[not us][king] | chess.BB_BACKRANKS     # promotions change piece
-    pawn |= chess.BB_SQUARES[board.ep_square] if board.ep_square else 0
-    reach = 0, pawn, chess.BB_KNIGHT_ATTACKS[king], diagonal, line, diagonal | line, 0
+    rank = chess.BB_RANK_ATTACKS[king][chess.BB_RANK_MASKS[king] & occupied]
+    file = chess.BB_FILE_ATTACKS[king][chess.BB_FILE_MASKS[king] & occupied]
+    straight = rank | file
+
+    # a pawn also changes its piece on the last rank, or takes another one away en passant
+    pawn = chess.BB_PAWN_ATTACKS[not us][king] | chess.BB_BACKRANKS
+    if board.ep_square:
+        pawn |= chess.BB_SQUARES[board.ep_square]
+    reach = {
+        chess.PAWN: pawn,
+        chess.KNIGHT: chess.BB_KNIGHT_ATTACKS[king],
+        chess.BISHOP: diagonal,
+        chess.ROOK: straight,
+        chess.QUEEN: diagonal | straight,
+        chess.KING: 0,
+    }
+
     for move in board.generate_pseudo_legal_moves():
-        # the piece gives check from its new square, or it may uncover one by leaving its line
-        if (chess.BB_SQUARES[move.to_square] & reach[board.piece_type_at(move.from_square)]
-                or chess.BB_SQUARES[move.from_square] & (diagonal | line)) and board.is_legal(move):
+        # the piece checks from its new square, or it may uncover a check by leaving its line
+        direct = chess.BB_SQUARES[move.to_square] & reach[board.piece_type_at(move.from_square)]
+        uncovers = chess.BB_SQUARES[move.from_square] & (diagonal | straight)
+        if (direct or uncovers) and board.is_legal(move):
             yield move
 
+
 def solutions(board, depth):
-    """-> [first moves that force mate in depth moves, not fewer], positions visited to prove it.
+    """Yield the first moves that force mate in `depth` moves, and not in fewer.
 
     Castling does not mate here: generated positions have no right to it.
     """
-    found, visited, refutations = [], 0, []
-    for move in list(board.legal_moves if depth > 1 else checks(board)):
+    refutations = []
+    candidates = checks(board) if depth == 1 else board.legal_moves
+    for move in list(candidates):
         board.push(move)
-        # what refuted earlier moves often refutes this one
-        replies = (sorted(board.legal_moves, key=refutations.__contains__, reverse=True)
-                   if depth > 1 else [])
-        works, visited = bool(replies) if depth > 1 else board.is_checkmate(), visited + 1
-        for reply in replies:
-            board.push(reply)
-            works, n = solutions(board, depth - 1)
-            board.pop()
-            visited += n + 1
-            if not works:
-                refutations.append(reply)
-                break
+        works = board.is_checkmate() if depth == 1 else loses(board, depth - 1, refutations)
         board.pop()
-        found += [move] if works else []
-    return found, visited
+        if works:
+            yield move
+
+
+def loses(board, depth, refutations):
+    """Is there a mate in `depth` after every reply, and at least one reply? A reply that shows
+    the contrary is added to refutations."""
+    # what refuted earlier moves often refutes this one
+    replies = sorted(board.legal_moves, key=refutations.__contains__, reverse=True)
+    for reply in replies:
+        board.push(reply)
+        mated = any(True for _ in solutions(board, depth))
+        board.pop()
+        if not mated:
+            refutations.append(reply)
+            return False
+    return len(replies) > 0
+
 
 def one_pair(moves):
     """Do all moves agree in their squares? (Promotions to different pieces count as one.)"""
-    return len({(m.from_square, m.to_square) for m in moves}) == 1
+    return len({(move.from_square, move.to_square) for move in moves}) == 1
+
 
 def game(rng):
-    """The positions of a random legal game, without castling and en passant."""
+    """Yield the positions of a random legal game, without castling and en passant."""
     board = chess.Board()
     board.castling_rights = 0
     for ply in range(200):
@@ -492,11 +755,14 @@ def game(rng):
         if ply > 8:
             yield board
 
+
 def placement(rng):
-    """One position: on random squares White's king with 6 to 10 pieces, Black's with 2 to 8."""
+    """Yield one position, if legal: on random squares 7 to 11 pieces of White's, 3 to 9 of Black's.
+    """
     army = [chess.PAWN] * 8 + [chess.KNIGHT, chess.BISHOP, chess.ROOK] * 2 + [chess.QUEEN]
-    board, squares = chess.Board(None), rng.sample(chess.SQUARES, 20)
-    for color, least, most in (chess.WHITE, 6, 10), (chess.BLACK, 2, 8):
+    board = chess.Board(None)
+    squares = rng.sample(chess.SQUARES, 20)
+    for color, least, most in ((chess.WHITE, 6, 10), (chess.BLACK, 2, 8)):
         for piece in [chess.KING] + rng.sample(army, rng.randint(least, most)):
             square = squares.pop()
             if piece != chess.PAWN or 8 <= square < 56:
@@ -504,103 +770,444 @@ def placement(rng):
     if board.is_valid():
         yield board
 
+
+def position(rng, source, depth):
+    """-> a position with a single mate in `depth` moves, and not in fewer, and the mating moves."""
+    while True:
+        for board in source(rng):
+            if depth == 2 and any(True for _ in solutions(board, 1)):
+                continue
+            found = list(solutions(board, depth))
+            if one_pair(found):
+                return board, found
+
+
 def flip(board):
     """square ^ flip(board): the square as the side to move sees it, its king on files e to h."""
-    return (0 if board.turn else 56) | (7 if board.king(board.turn) % 8 < 4 else 0)
+    upside_down = 0 if board.turn else 56
+    mirrored = 7 if board.king(board.turn) % 8 < 4 else 0
+    return upside_down | mirrored
 
-def encode(board, move=None):
-    """-> tokens x [64], marks y [64] of the move's squares, both as the side to move sees them."""
-    planes = [board.pawns, board.knights, board.bishops, board.rooks, board.queens, board.kings,
-              board.occupied_co[not board.turn]]
-    bits = np.unpackbits(np.array(planes, "<u8").view(np.uint8), bitorder="little").reshape(7, 64)
-    x, y = np.array([1, 2, 3, 4, 5, 6, 6]) @ bits, np.zeros(64, np.uint8)
-    if move:
-        y[[move.from_square ^ flip(board), move.to_square ^ flip(board)]] = 1
-    return x[np.arange(64) ^ flip(board)].astype(np.uint8), y
+
+def encode(board):
+    """-> tokens x [64], as the side to move sees the board."""
+    planes = [board.pawns, board.knights, board.bishops, board.rooks, board.queens, board.kings]
+    planes.append(board.occupied_co[not board.turn])
+    octets = np.array(planes, "<u8").view(np.uint8)
+    bits = np.unpackbits(octets, bitorder="little").reshape(7, 64)
+    x = np.array([1, 2, 3, 4, 5, 6, 6]) @ bits
+    return x[np.arange(64) ^ flip(board)].astype(np.uint8)
+
+
+# --------------------------------------------------------------------------------------------------
+# chess: the task
+
 
 @dataclass(frozen=True)
 class Chess(Task):
-    """Tokens: 0 empty, 1-6 own pawn, knight, bishop, rook, queen, king, 7-12 the opponent's; from
-    a1, b1 on. Labels: 1 on the two squares of the move to find, 0 elsewhere.
+    """a white king on e1, a black rook on e3, d2 empty; Kd2 to find
+    -> tokens x[4] = 6, x[20] = 10, x[11] = 0 -> labels y[4] = 1 (from), y[11] = 2 (to), else 0.
+
+    Tokens: 0 empty, 1-6 own pawn, knight, bishop, rook, queen, king, 7-12 the opponent's; from
+    a1, b1 on. Labels with marks "from_to": 1 on the square the move to find leaves, 2 on the one it
+    reaches, 0 elsewhere; with "squares", as in the paper, 1 on both.
 
     The side to move plays upwards, and the board is mirrored if its king is on files a to d. Not
     encoded: colour, castling and en passant rights (generated positions have none), the piece of a
-    promotion. Ten mates in one (half from random games, half random placements) come with one mate
-    in two (placements), all with one solving pair of squares. Rating = positions visited by the
-    proof: hundreds for a mate in two, for a mate in one the moves that may give check; so the hard
-    ones are all mates in two and the mates in one with most checks.
+    promotion. Twenty mates in one (half from random games, half random placements) come with one
+    mate in two (placements), all with one solving pair of squares. Rating: the depth of the mate.
     """
-    name, symbols, size, vocab, classes, grid = "chess", ".PNBRQKpnbrqk", "pieces", 13, 2, (8, 8)
-    columns, limits = ("FEN", "Moves", "Rating"), (1601, 2000)
+
+    marks: str = "from_to"
+
+    name = "chess"
+    grid = (8, 8)
+    vocab = 13
+    symbols = ".PNBRQKpnbrqk"
     chance = ".969 of the squares would be right, with nothing marked"
-    kinds = {"mates in one": {"numbers": (20, 0)}, "mates in two": {"numbers": (0, 2)}}
+    levels = {"easy": "mate in one", "hard": "mate in two"}
+    columns = ("FEN", "Moves", "Rating")
+    file_limits = (1601, 2000)
+    slow = True
+
+    def __post_init__(self):
+        if self.marks not in ("from_to", "squares"):
+            raise DataError(f"--marks {self.marks}: choose from_to or squares")
+
+    @property
+    def classes(self):
+        return 3 if self.marks == "from_to" else 2
+
     def predict(self, logits):
-        """The two squares with the largest mark logit; logits [B, 64, 2] -> labels [B, 64]."""
-        mark = logits[..., 1] - logits[..., 0]
-        return mark.new_zeros(mark.shape, dtype=int).scatter(-1, mark.topk(2, -1).indices, 1)
-    def chunk(self, seed, index, numbers=(20, 2)):
-        """The index-th lot of puzzles of a seed: so many mates in one and in two."""
-        rng, rows = random.Random(f"{seed} {index}"), []
-        while len(rows) < sum(numbers):
-            in_two = len(rows) >= numbers[0]
-            for board in (placement if in_two or len(rows) % 2 else game)(rng):
-                found, visited = solutions(board, 1)
-                if in_two:
-                    found, visited = ([], 0) if found else solutions(board, 2)
-                if one_pair(found):
-                    rows.append((*encode(board, found[0]), visited))
-                    break
-        return Puzzles(*map(np.array, zip(*rows)))
+        """The squares with the largest marks: exactly one from and one to, or two squares."""
+        lift = logits - logits[..., :1]
+        y = logits.new_zeros(logits.shape[:-1]).long()
+        if self.marks == "squares":
+            return y.scatter(-1, lift[..., 1].topk(2).indices, 1)
+
+        start = lift[..., 1].argmax(-1, keepdim=True)
+        others = lift[..., 2].scatter(-1, start, -float("inf"))
+        end = others.argmax(-1, keepdim=True)
+        return y.scatter(-1, start, 1).scatter(-1, end, 2)
+
+    def label(self, board, move):
+        """-> labels y [64] of a move."""
+        y = np.zeros(64, np.uint8)
+        y[move.from_square ^ flip(board)] = 1
+        y[move.to_square ^ flip(board)] = self.classes - 1
+        return y
+
+    def chunk(self, seed, index, ones=40, twos=2):
+        rng = random.Random(f"{seed} {index}")
+        plan = [(1, (game, placement)[i % 2]) for i in range(ones)] + [(2, placement)] * twos
+        rows = []
+        for depth, source in plan:
+            board, found = position(rng, source, depth)
+            rows.append((encode(board), self.label(board, found[0]), depth))
+
+        x, y, rating = (np.array(column) for column in zip(*rows, strict=True))
+        p = Puzzles(x, y, rating)
+        return {"easy": p[rating == 1], "hard": p[rating == 2]}
+
     def board(self, x):
         """tokens [64] -> the position as it is encoded, White to move."""
         board = chess.Board(None)
         for i in np.flatnonzero(x).tolist():
             board.set_piece_at(i, chess.Piece.from_symbol(self.symbols[x[i]]))
         return board
+
     def text(self, x):
         return self.board(x).fen()
-    def show(self, x, y=None, paint=None):
-        """The board with the side to move below; with y its two squares in brackets, the move."""
-        cells = [f" {c} " for c in self.board(x).unicode(empty_square="\u00b7").split()]
-        marked = [] if y is None else np.flatnonzero(y).tolist()
-        for i in marked:
-            j = i ^ 56                          # python-chess prints a8 first
-            cells[j] = f"[{cells[j].strip()}]"
-            cells[j] = paint(i, cells[j]) if paint else cells[j]
-        lines = ["".join(cells[i:i + 8]) for i in range(0, 64, 8)]
-        return "\n".join(lines + ([self.answer(self.text(x), y)] if marked else []))
-    def read(self, text):
-        """The solution is there if exactly one move mates at once."""
-        board = chess.Board(text)
-        if not board.is_valid() or not any(board.legal_moves):
-            raise DataError("the game is over" if board.is_valid() else
-                            f"not legal, {board.status().name}")
-        found = [move for move in board.legal_moves if "#" in board.san(move)]
-        return encode(board, found[0]) if one_pair(found) else (encode(board)[0], None)
-    def answer(self, text, y):
-        """The move that marks y [64] mean in the position of a FEN, and whether it mates."""
-        board = chess.Board(text)
-        squares = {int(i) ^ flip(board) for i in np.flatnonzero(y)}
-        moves = [f"{board.san(m)} ({m.uci()})" for m in board.legal_moves
-                 if {m.from_square, m.to_square} == squares]
-        for move in moves:                      # of several promotions one that mates
-            if "#" in move:
-                return f"{move}: mate"
-        return (f"{moves[0]}: no mate at once" if moves else
-                " and ".join(map(chess.square_name, sorted(squares))) + ": no legal move")
-    def convert(self, fen, moves):
-        """Fields of a file -> x, y [64], or ValueError: the first move leads to the position, the
-        second is the one to find."""
-        board, (first, second) = chess.Board(fen), (moves.split() + ["", ""])[:2]
-        if not board.is_valid() or "0000" in (first, second):
-            raise ValueError("no legal position, or no move")
-        board.push(board.parse_uci(first))
-        return encode(board, board.parse_uci(second))
 
-TASKS = {t.name: t for t in (PrefixSums(), Sudoku(), Chess())}
-# ---- public data sets ----------------------------------------------------------------------------
+    def answers(self, x, y):
+        """The marked squares only: (N) is left, [.] is reached; with marks "squares" (N) and (.).
+        """
+        frames = {1: "({})", 2: "[{}]"}
+        return {i: frames[y[i]].format(self.symbols[x[i]]) for i in np.flatnonzero(y).tolist()}
+
+    def draw(self, x, answers):
+        """The board, the side to move below."""
+        cells = [f" {self.symbols[token]} " for token in x]
+        for i, text in answers.items():
+            cells[i] = text
+        ranks = ["".join(cells[i:i + 8]) for i in range(0, 64, 8)]
+        return "\n".join(reversed(ranks))
+
+    def read(self, text):
+        """The solution is known if exactly one move, promotions aside, mates at once."""
+        board = chess.Board(text)
+        if not board.is_valid():
+            raise DataError(f"not legal, {board.status().name}")
+        if not any(board.legal_moves):
+            raise DataError("the game is over")
+
+        mates = [move for move in board.legal_moves if "#" in board.san(move)]
+        y = self.label(board, mates[0]) if one_pair(mates) else None
+        return encode(board), y
+
+    def answer(self, text, y):
+        """The move that labels y [64] mean in the position of a FEN: is it legal, does it mate?"""
+        board = chess.Board(text)
+        y = np.asarray(y)
+        moves = [move for move in board.legal_moves if (self.label(board, move) == y).all()]
+        lines = [f"{board.san(move)} ({move.uci()})" for move in moves]
+
+        # of several promotions one that mates
+        for line in lines:
+            if "#" in line:
+                return f"{line}: legal, mate"
+        if lines:
+            return f"{lines[0]}: legal, no mate at once"
+
+        # the square that is left first
+        places = sorted(np.flatnonzero(y).tolist(), key=y.__getitem__)
+        squares = [chess.square_name(i ^ flip(board)) for i in places]
+        return f"{'-'.join(squares) or 'nothing marked'}: no legal move"
+
+    def convert(self, fen, moves):
+        """The first move leads to the position, the second is the one to find."""
+        board = chess.Board(fen)
+        played = moves.split()
+        if not board.is_valid():
+            raise DataError(f"not legal, {board.status().name}")
+        if len(played) < 2 or "0000" in played[:2]:
+            raise DataError(f"needs two moves, not {moves!r}")
+        board.push(board.parse_uci(played[0]))
+        return encode(board), self.label(board, board.parse_uci(played[1]))
+
+
+# one line for each task
+TASKS = {
+    "prefix_sums": PrefixSums(),
+    "sudoku": Sudoku(),
+    "chess": Chess(),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# splits
+
+def home(level, key, role="both"):
+    """The rule: the split of a puzzle, by its level and its key alone.
+
+    role: "train" for the first of two files, where no tests come from; "test" for the second.
+    """
+    split = level
+    if level == "easy" and role != "test":
+        split = {0: "val", 1: "easy"}.get(residue(key), "train")
+    if role == "train" and split not in ("train", "val"):
+        return None
+    return split
+
+
+class Sorter:
+    """Puts puzzles into splits in the order in which they come, up to `need` {split: count}.
+
+    Of puzzles with one key the first that comes counts. So within a split the order is that of the
+    stream, whatever was asked for, and to ask for more only appends.
+    """
+
+    def __init__(self, task, need):
+        self.task = task
+        self.need = need
+        self.seen = set()
+        self.parts = {split: [] for split in need}
+        self.count = dict.fromkeys(need, 0)
+
+    def add(self, puzzles, levels, role="both"):
+        """levels: "easy", "hard" or None for each of the puzzles."""
+        chosen = {split: [] for split in self.need}
+        keys = self.task.distinct(puzzles.x, puzzles.y)
+        for i, (level, key) in enumerate(zip(levels, keys, strict=True)):
+            content = key.tobytes()
+            if content in self.seen:
+                continue
+            self.seen.add(content)
+            split = home(level, key, role)
+            if split and self.count[split] < self.need[split]:
+                self.count[split] += 1
+                chosen[split].append(i)
+        for split, rows in chosen.items():
+            if rows:
+                self.parts[split].append(puzzles[np.array(rows)])
+
+    def short(self):
+        """The splits that need more puzzles."""
+        return [split for split in self.need if self.count[split] < self.need[split]]
+
+    def refuse(self, split, source):
+        raise DataError(f"{self.need[split]:,} puzzles for the split {split!r}: {source} has only "
+                        f"{self.count[split]:,} different ones")
+
+    def splits(self):
+        nothing = np.zeros((0, np.prod(self.task.grid)), np.uint8)
+        empty = Puzzles(nothing, nothing, np.zeros(0, int))
+        return {split: join(parts or [empty]) for split, parts in self.parts.items()}
+
+
+def join(parts):
+    """[Puzzles] -> Puzzles."""
+    arrays = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Puzzles)}
+    return Puzzles(**arrays)
+
+
+def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cache"):
+    """-> {"train", "val", "easy", "hard": Puzzles} of n_train, n_val, n_test, n_hard puzzles.
+
+    path: None to make them, or "FILE" or "TRAIN,TEST". No puzzle is in two splits, for 9x9 and
+    6x6 sudoku no solution either. DataError says what is impossible.
+    """
+    need = {"train": n_train, "val": n_val, "easy": n_test, "hard": n_hard}
+    for option, n in {"seed": seed, **need}.items():
+        if n < 0:
+            raise DataError(f"{option} {n}: must be at least 0")
+    if path is not None:
+        return from_files(task, path, need, Path(cache))
+    return make(task, seed, need, Path(cache))
+
+
+def first(task, seed, level="hard", cache="out/cache"):
+    """-> x, y [L] of one puzzle, the first of a seed's tests: the work of a single lot.
+
+    By the rule of `home` no training set holds it, whatever its seed: a hard puzzle is never
+    trained on, and an easy one of this split is not either.
+    """
+    need = {"n_test": int(level == "easy"), "n_hard": int(level == "hard")}
+    puzzles = splits(task, seed, 0, 0, **need, cache=cache)[level]
+    return puzzles.x[0], puzzles.y[0]
+
+
+def levels_of(task, sets, path=None):
+    """{"easy": phrase, "hard": phrase}, truthful also for the puzzles `sets` of a file."""
+    if path is None:
+        return task.levels
+    phrases = {}
+    for level in ("easy", "hard"):
+        ratings = sets[level].rating
+        phrases[level] = f"rated {ratings.min()} to {ratings.max()}" if len(ratings) else "none"
+    return phrases
+
+
+def make(task, seed, need, cache):
+    """-> {split: Puzzles} from as many lots of the seed as it takes."""
+    sorter = Sorter(task, need)
+    report = progress(f"making {task.name}")
+    history = []
+    with closing(lots(task, seed, cache)) as stream:
+        for lot in stream:
+            for level, puzzles in lot.items():
+                sorter.add(puzzles, [level] * len(puzzles))
+            if not sorter.short():
+                return sorter.splits()
+
+            # twenty lots with hardly anything new: there is no more
+            history.append(dict(sorter.count))
+            for split in sorter.short():
+                if len(history) > 20 and history[-1][split] - history[-21][split] < 5:
+                    sorter.refuse(split, task.name)
+            report(sum(sorter.count.values()), sum(need.values()))
+
+
+# --------------------------------------------------------------------------------------------------
+# cache and processes
+
+# what the cache holds depends on the code that made it: its names carry this
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
+
+def lots(task, seed, cache):
+    """Yield the lots of a seed in order, for ever."""
+    if not task.slow:
+        for index in itertools.count():
+            yield task.chunk(seed, index)
+
+    options = "".join(f"-{name}_{value}" for name, value in asdict(task).items())
+    folder = cache / f"{task.name}{options}-seed_{seed}-{CODE}"
+    job = partial(cached_lot, task, seed, folder)
+
+    # one lot is often enough, and neither it nor what is cached is worth the processes
+    for index in itertools.count():
+        if index > 0 and not lot_file(folder, index).exists():
+            break
+        yield job(index)
+    with closing(parallel(job, index)) as more:
+        yield from more
+
+
+def lot_file(folder, index):
+    return folder / f"{index:06d}.npz"
+
+
+def cached_lot(task, seed, folder, index):
+    """A lot from its file, or made and kept at once: an interrupt loses none that is ready."""
+    file = lot_file(folder, index)
+    lot = load_cache(file)
+    if not lot:
+        lot = task.chunk(seed, index)
+        save_cache(file, lot)
+    return lot
+
+
+def parallel(job, start):
+    """Yield job(start), job(start + 1), ... in order, made on all cores until closed."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+
+    # a fork needs no main module to import, so that notebooks work
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(cores, context, worker, (os.getpid(),)) as workers:
+        try:
+            for index in itertools.count(start, 4 * cores):
+                yield from workers.map(job, range(index, index + 4 * cores))
+        except BrokenProcessPool:
+            raise DataError("a process that makes puzzles was killed: out of memory?") from None
+
+
+def worker(parent):
+    """What a new process does first: leave Ctrl-C to its parent, and end when the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def follow():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def load_cache(file):
+    """-> {name: Puzzles}, or {} if the file is missing or not what save_cache wrote there."""
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            arrays = dict(content)
+        if str(arrays.pop("name")) != str(Path(file.parent.name, file.name)):
+            raise ValueError("it has another name inside")
+        names = dict.fromkeys(key.split()[0] for key in arrays)
+        return {n: Puzzles(*(arrays[f"{n} {f.name}"] for f in fields(Puzzles))) for n in names}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        print(f"{file}: unusable cache, making it again ({error})", file=sys.stderr)
+        return {}
+
+
+def save_cache(file, puzzles):
+    """{name: Puzzles} -> file."""
+    arrays = {f"{n} {name}": a for n, p in puzzles.items() for name, a in vars(p).items()}
+    content = io.BytesIO()
+    np.savez_compressed(content, name=str(Path(file.parent.name, file.name)), **arrays)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, content.getvalue())
+    except OSError as error:
+        print(f"{file}: cannot be kept ({error})", file=sys.stderr)
+
+
+def write_atomic(path, content):
+    """bytes -> file: whatever happens, the old file is there or the new, never half of it."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def clock(seconds):
+    """95 -> "1:35"."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def progress(what):
+    """-> report(done, total): now and then a line with the time left on stderr."""
+    start = time.monotonic()
+    last = start
+    terminal = sys.stderr.isatty()
+
+    def report(done, total):
+        nonlocal last
+        now = time.monotonic()
+        if not done or now - last < (0.5 if terminal else 15):
+            return
+        last = now
+        left = clock((now - start) * (total - done) / done)
+        end = "   \r" if terminal and done < total else "\n"
+        print(f"{what}: {done:,} of {total:,}, {left} left", end=end, file=sys.stderr, flush=True)
+
+    return report
+
+
+# --------------------------------------------------------------------------------------------------
+# data files
+
+
 def open_text(path):
-    opener = {".gz": gzip.open, ".bz2": bz2.open}.get(Path(path).suffix, open)
+    """A file's text, unpacked according to its name."""
+    openers = {".gz": gzip.open, ".bz2": bz2.open}
+    opener = openers.get(Path(path).suffix, open)
     if path.endswith(".zst"):
         try:
             from zstandard import open as opener
@@ -608,158 +1215,196 @@ def open_text(path):
             raise DataError(f"{path}: needs `pip install zstandard`, or unpack it") from None
     return opener(path, "rt", encoding="utf-8-sig", newline="")
 
-def read_rows(path, columns):
-    """Yield line number, [text of each column] for the rows of a CSV file with a header."""
+
+def read_lines(path):
+    """Yield line number, [fields] of a CSV file whose fields hold no line breaks."""
+    line = 0
     try:
-        with open_text(path) as f:
-            reader = csv.reader(f)
-            header = next(reader, [])
-            for c in columns:
-                if c not in header:
-                    raise DataError(f"{path} line 1: no column {c!r}, needs {', '.join(columns)}")
-            where = [header.index(c) for c in columns]
-            for row in filter(None, reader):
-                yield reader.line_num, [row[i] if i < len(row) else "" for i in where]
+        with open_text(path) as file:
+            for line, text in enumerate(file, 1):
+                # line by line, so that a stray quote swallows nothing but is an error where it is
+                row = next(csv.reader([text], strict=True), None)
+                if row:
+                    yield line, row
+    except csv.Error as error:
+        raise DataError(f"{path} line {line}: {error}, a stray quote?") from None
     except DataError:
         raise
-    except Exception as e:      # each decompressor has its own
-        raise DataError(f"{path}: cannot be read ({e})") from None
+    except Exception as error:      # each decompressor has its own
+        raise DataError(f"{path}: cannot be read after line {line} ({error})") from None
 
-def read_file(task, path, need, cut, top, seen):
-    """-> {level: Puzzles}: the file's first need[level] rows that are not in `seen`.
 
-    easy: rating < cut; hard: cut <= rating <= top. Bad rows are reported; more than 1 % of them,
-    or too few good ones, is a DataError.
-    """
-    found, rows, bad, report = {k: [] for k in need}, 0, [], progress(f"reading {path}")
-    least = 1000        # the share of bad rows among the first few says little
-    for line, (*texts, rating) in read_rows(path, task.columns):
-        if all(len(found[k]) == need[k] for k in need) or len(bad) > max(rows, least) / 100:
-            break
-        rows += 1
-        try:
-            level = "easy" if int(rating) < cut else "hard"
-            if int(rating) <= top and len(found[level]) < need[level]:
-                x, y = task.convert(*texts)
-                if unseen([task.distinct(x, y)], seen):
-                    found[level].append((x, y, int(rating)))
-                    report(sum(map(len, found.values())), sum(need.values()))
-        except ValueError as e:
-            bad.append(f"line {line}: {e}")
-    else:
-        least = 0       # the whole file was read
-    if bad:
-        message = f"{path}: {len(bad):,} bad rows of {rows:,}: {'; '.join(bad[:3])}"
-        if len(bad) > max(rows, least) / 100:
-            raise DataError(message)
-        print(message, file=sys.stderr)
-    for k in need:
-        if len(found[k]) < need[k]:
-            raise DataError(f"{path}: only {len(found[k]):,} different {k} puzzles (hard: {cut:g} "
-                            f"to {top:g}), {need[k]:,} asked for")
-    empty = np.empty((2, 0, np.prod(task.grid)), np.uint8)
-    return {k: Puzzles(*map(np.array, zip(*f))) if f else Puzzles(*empty, np.empty(0, int))
-            for k, f in found.items()}
+def read_rows(path, columns):
+    """Yield line number, [text of each column but the last], rating of a CSV file with a header."""
+    rows = read_lines(path)
+    line, header = next(rows, (1, []))
+    for column in columns:
+        if column not in header:
+            raise DataError(f"{path} line {line}: no column {column!r}, needs {','.join(columns)}")
+    places = [header.index(column) for column in columns]
 
-def from_files(task, path, n_fit, n_test, n_hard, cache):
-    """FILE or TRAIN,TEST -> {level: Puzzles}, easy = n_fit puzzles to fit and n_test to test.
+    for line, row in rows:
+        if len(row) != len(header):
+            raise DataError(f"{path} line {line}: {len(row)} fields, the header has {len(header)}")
+        *texts, rating = (row[i] for i in places)
+        if not rating.isdecimal() or len(rating) > 9:
+            raise DataError(f"{path} line {line}: rating {rating!r} is no number below a billion")
+        yield line, texts, int(rating)
 
-    Of two files the second serves for both tests. Levels are those of the first.
-    """
-    paths, digest = path.split(","), hashlib.sha256(repr((task, n_fit, n_test, n_hard)).encode())
-    if not task.columns or len(paths) > 2:
-        raise DataError(f"--data {path}: {task.name} reads "
-                        + ("FILE or TRAIN,TEST" if task.columns else "no file"))
+
+def read_puzzles(task, path):
+    """Yield Puzzles, some rows of the file at a time, in its order, converted and verified."""
+    rows = read_rows(path, task.columns)
+    while batch := list(itertools.islice(rows, 1024)):
+        pairs = []
+        for line, texts, _ in batch:
+            try:
+                pairs.append(task.convert(*texts))
+            except ValueError as error:
+                raise DataError(f"{path} line {line}: {error}") from None
+
+        x, y = (np.array(column) for column in zip(*pairs, strict=True))
+        for (line, _, _), reason in zip(batch, task.verify(x, y), strict=True):
+            if reason:
+                raise DataError(f"{path} line {line}: {reason}")
+        yield Puzzles(x, y, np.array([rating for _, _, rating in batch]))
+
+
+def file_limits(task, path):
+    """-> the least hard rating and the largest that counts."""
+    if task.file_limits:
+        return task.file_limits
+    ratings = np.array([rating for _, _, rating in read_rows(path, task.columns)])
+    if not len(ratings):
+        raise DataError(f"{path}: no rows")
+
+    # above the lowest rating, which is always easy
+    cut = np.quantile(ratings, 0.8)
+    if cut == ratings.min():
+        cut = ratings[ratings > cut].min(initial=ratings.max() + 1)
+    return cut, ratings.max()
+
+
+def from_files(task, path, need, cache):
+    """FILE or TRAIN,TEST -> {split: Puzzles}; of two files the second serves for both tests."""
+    paths = path.split(",")
+    if not task.columns:
+        raise DataError(f"--files {path!r}: {task.name} reads no files")
+    if len(paths) > 2 or "" in paths:
+        raise DataError(f"--files {path!r}: must be FILE or TRAIN,TEST")
+
+    # the cache is for these contents, options and counts
+    digest = hashlib.sha256(repr((task, need, CODE)).encode())
     for p in paths:
         try:
-            with open(p, "rb") as f:
-                digest.update(repr((os.stat(p).st_size, os.stat(p).st_mtime_ns)).encode())
-                for block in iter(partial(f.read, 1 << 20), b""):
+            with open(p, "rb") as file:
+                for block in iter(partial(file.read, 1 << 20), b""):
                     digest.update(block)
-        except OSError as e:
-            raise DataError(f"--data {p}: {e.strerror}") from None
-    name = f"{task.name}-{Path(paths[0]).name}-{digest.hexdigest()[:16]}-v{VERSION}.npz"
-    old = load_cache(Path(cache) / name)
-    if not old:
-        ratings = [] if task.limits else [r for _, (*_, r) in read_rows(paths[0], task.columns)]
-        rating = np.array([r for r in ratings if r.isdecimal()] or [0], int)
-        cut, top = task.limits or (Task.cut(task, rating), np.inf)
-        seen = set()
-        fit = read_file(task, paths[0], {"easy": n_fit, "hard": 0}, cut, top, seen)
-        test = read_file(task, paths[-1], {"easy": n_test, "hard": n_hard}, cut, top, seen)
-        levels = {"easy": join((fit["easy"], test["easy"])), "hard": test["hard"]}
-        old = {f"{k} {name}": a for k, p in levels.items() for name, a in vars(p).items()}
-        save_cache(Path(cache) / name, **old)
-    return {k: Puzzles(*(old[f"{k} {f.name}"] for f in fields(Puzzles))) for k in ("easy", "hard")}
-# ---- splits, and looking at them -----------------------------------------------------------------
-def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cache"):
-    """-> {"train", "val", "easy", "hard": Puzzles} of n_train, n_val, n_test, n_hard puzzles.
+        except OSError as error:
+            raise DataError(f"--files {p}: {error.strerror}") from None
+    kept = cache / f"{task.name}-{Path(paths[0]).name}-{digest.hexdigest()[:16]}.npz"
+    found = load_cache(kept)
+    if not found:
+        found = sort_files(task, paths, need)
+        save_cache(kept, found)
+    return found
 
-    path: None to make them, or "FILE" or "TRAIN,TEST". No puzzle is in two splits, for 9x9 and
-    6x6 sudoku no solution either. DataError says what is impossible.
-    """
-    for flag, n in zip(("seed", "n_train", "n_val", "n_test", "n_hard"),
-                       (seed, n_train, n_val, n_test, n_hard)):
-        if n < 0:
-            raise DataError(f"--{flag} {n}: must be at least 0")
-    fit = n_train + n_val
-    levels = (from_files(task, path, fit, n_test, n_hard, cache) if path else
-              task.make(seed, {"easy": fit + n_test, "hard": n_hard}, cache))
-    easy, order = levels["easy"], np.random.default_rng(seed).permutation(fit)
-    return {"train": easy[order[:n_train]], "val": easy[order[n_train:]], "easy": easy[fit:],
-            "hard": levels["hard"]}
 
-def stats(task, split):
-    """Print the quantiles of ratings and sizes of both levels."""
-    percent = 0, 5, 25, 50, 75, 95, 100
-    print(f"{'quantiles in %':26}" + "".join(f"{q:7}" for q in percent))
-    for level in ("easy", "hard"):
-        p = split[level]
-        for name, values in (("rating", p.rating), (task.size, (p.x > 0).sum(1))):
-            row = "".join(f"{v:7.0f}" for v in np.percentile(values, percent))
-            print(f"{len(p):7,} {level:5} {name:12}" + row)
+def sort_files(task, paths, need):
+    """One or two files -> {split: Puzzles}."""
+    cut, top = file_limits(task, paths[0])
+    roles = ["both"] if len(paths) == 1 else ["train", "test"]
+    sorter = Sorter(task, need)
+    for path, role in zip(paths, roles, strict=True):
+        report = progress(f"reading {path}")
+        for puzzles in read_puzzles(task, path):
+            levels = np.where(puzzles.rating < cut, "easy", "hard").astype(object)
+            levels[puzzles.rating > top] = None
+            sorter.add(puzzles, levels, role)
+            report(sum(sorter.count.values()), sum(need.values()))
+            # the first of two files is read to its end: no test puzzle may occur anywhere in it
+            if role != "train" and not sorter.short():
+                return sorter.splits()
+    if sorter.short():
+        sorter.refuse(sorter.short()[0], " and ".join(paths))
+    return sorter.splits()
 
-def bench(task, seconds=10):
-    """Print how many puzzles a second all cores make, without the time to start them."""
-    for what, options in task.kinds.items():
-        chunks, made = parallel(partial(task.chunk, 0, **options)), 0
-        next(chunks)
-        start = time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds:
-            made += len(next(chunks))
-        print(f"{made / elapsed:,.0f} {what} a second")
-        chunks.close()
+
+# --------------------------------------------------------------------------------------------------
+# command line
+
 
 class Parser(argparse.ArgumentParser):
+    """Errors are one line, with exit code 2."""
+
     def error(self, message):
-        """One line instead of the usage."""
         self.exit(2, f"{self.prog}: {message}\n")
 
-def main():
-    parser = Parser(description="print puzzles of a task")
+
+def parse(argv):
+    """-> the parser, the arguments, and the task with its options."""
+    parser = Parser("data.py", description="print puzzles of a task", allow_abbrev=False)
     parser.add_argument("--task", choices=TASKS, default="prefix_sums")
     parser.add_argument("--level", choices=("easy", "hard"), default="easy")
     parser.add_argument("--n", type=int, default=3, help="how many puzzles")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", metavar="FILE|TRAIN,TEST", help="read puzzles instead")
-    parser.add_argument("--stats", action="store_true", help="print quantiles of n of each level")
-    parser.add_argument("--bench", action="store_true", help="print the puzzles made a second")
-    for f in itertools.chain(*map(fields, TASKS.values())):
-        parser.add_argument(f"--{f.name}", type=f.type, default=f.default)
-    args = parser.parse_args()
+    parser.add_argument("--files", metavar="FILE|TRAIN,TEST", help="read puzzles, make none")
+
+    # only the options of the chosen task are added: two tasks may have options of one name
+    chosen = Parser("data.py", add_help=False, allow_abbrev=False)
+    chosen.add_argument("--task", choices=TASKS, default="prefix_sums")
+    task = TASKS[chosen.parse_known_args(argv)[0].task]
+    group = parser.add_argument_group(f"options of {task.name}")
+    for f in fields(task):
+        group.add_argument(f"--{f.name}", type=f.type, default=f.default)
+    args, unknown = parser.parse_known_args(argv)
+
+    # an option of another task is refused, never ignored
+    for word in unknown:
+        for other in TASKS.values():
+            for f in fields(other):
+                if word.split("=")[0] == f"--{f.name}":
+                    parser.error(f"--{f.name} is an option of {other.name}, not of {task.name}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+
+    options = {f.name: getattr(args, f.name) for f in fields(task)}
     try:
-        task = TASKS[args.task]
-        task = replace(task, **{f.name: getattr(args, f.name) for f in fields(task)})
-        if args.bench:
-            return bench(task)
-        n = [args.n if args.stats or args.level == level else 0 for level in ("easy", "hard")]
-        split = splits(task, args.seed, 0, 0, *n, args.data)
-    except DataError as e:
-        parser.error(str(e))
-    if args.stats:
-        return stats(task, split)
-    for x, y, rating in zip(*vars(split[args.level]).values()):
-        print(task.text(x), task.show(x), task.show(x, y), f"rating {rating}\n", sep="\n\n")
+        return parser, args, replace(task, **options)
+    except DataError as error:
+        parser.error(str(error))
+
+
+def print_puzzles(task, args):
+    """Print n puzzles of a level: as --puzzle takes them, as a picture, and solved."""
+    n_train = args.n if args.level == "easy" else 0
+    n_hard = args.n if args.level == "hard" else 0
+    found = splits(task, args.seed, n_train, 0, 0, n_hard, args.files)
+    puzzles = found["train"] if args.level == "easy" else found["hard"]
+    for p in puzzles:
+        print(task.text(p.x), task.show(p.x), task.show(p.x, p.y), sep="\n\n")
+        print(f"rating {p.rating}\n")
+    sys.stdout.flush()
+
+
+def interrupt(signum, frame):
+    """SIGTERM is treated as Ctrl-C: what was made is kept."""
+    raise KeyboardInterrupt
+
+
+def main(argv=None):
+    parser, args, task = parse(argv)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        print_puzzles(task, args)
+    except DataError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "data.py: interrupted\n")
+    except BrokenPipeError:
+        # the reader has seen enough; the flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,997 @@
+"""results.py: every table, figure and movie of this project, made from the raw files of the runs.
+
+    python assets/results.py tables [FOLDER ...]   # Markdown tables of any folder of runs
+    python assets/results.py write [FILE.md ...]   # fill in the tables of the two READMEs
+    python assets/results.py check [FILE.md ...]   # exit code 1 if one differs from the raw files
+    python assets/results.py curve RUN             # draw RUN/curve.png: accuracy against loops
+    python assets/results.py figures [NAME ...]    # draw the figures in assets/, or some of them
+    python assets/results.py movies                # make the two GIFs in assets/
+
+A table in a Markdown file stands between two lines of its own, `<!-- table KIND ARGUMENT ... -->`
+and `<!-- end -->`. KIND is a key of TABLES below, an argument a pattern or a file in the folder
+of raw results: `<!-- table runs variants/* -->`. A run is a folder with an eval.json; runs whose
+names differ in "-seedN" alone are one row. Standard deviations have n - 1, intervals are 95 %.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "assets"
+RAW = ASSETS / "results"
+NOTEBOOKS = [ROOT / "README.md", RAW / "README.md"]
+LEVELS = ("easy", "hard")
+
+# two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+class ResultsError(Exception):
+    """A request that cannot be met, told in one line."""
+
+
+# ----------------------------------------------------------------------------
+# raw files
+
+
+class Run(NamedTuple):
+    """One finished run: where it lies, the name it shares with other seeds, and its eval.json."""
+
+    folder: Path
+    name: str
+    seed: int
+    result: dict
+
+    def last(self, level):
+        """The measurements at the largest loop count."""
+        counts = self.result[level]
+        return counts[max(counts, key=int)]
+
+    def exact(self, level):
+        return self.last(level)["exact"]
+
+    def n(self, level):
+        """How many puzzles of this level were tested."""
+        config = self.result["config"]
+        return config["n_test"] if level == "easy" else config["n_hard"]
+
+    def halting(self, level):
+        """Puzzles that loop until they converge: shares exact and converged, mean loops, n."""
+        found = self.result["halting"][level]
+        # older files say "settled"
+        converged = found.get("converged", found.get("settled"))
+        return found["exact"], converged, found["loops"], found["n"]
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        raise ResultsError(f"{path}: not a JSON file") from None
+
+
+def read_run(path):
+    """An eval.json -> Run. Raises ResultsError."""
+    folder = path.parent
+    seed = re.search(r"seed(\d+)$", folder.name)
+    name = re.sub(r"-?seed\d+$", "", folder.name) or folder.resolve().parent.name
+    run = Run(folder, name, int(seed[1]) if seed else 0, read_json(path))
+    try:
+        for level in LEVELS:
+            run.last(level)["residual"], run.n(level), run.halting(level)
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise ResultsError(f"{path}: not an eval.json of looped.py") from None
+    return run
+
+
+def find_groups(raw, patterns):
+    """Patterns in the folder of raw results -> {name: [its runs by seed]}."""
+    groups = {}
+    for pattern in patterns:
+        runs = [read_run(path) for path in sorted(raw.glob(f"{pattern}/eval.json"))]
+        if not runs:
+            raise ResultsError(f"{raw / pattern}: no eval.json there")
+        for run in sorted(runs, key=lambda run: (run.folder.parent, run.name, run.seed)):
+            name = run.name
+            # one name in two folders: say which
+            if len(patterns) > 1 and name != run.folder.parent.name:
+                name = f"{run.folder.parent.name}/{name}"
+            groups.setdefault(name, []).append(run)
+    return groups
+
+
+# ----------------------------------------------------------------------------
+# numbers and how they are written
+
+
+def wilson(hits, n, z=1.96):
+    """The 95 % interval of a share of which `hits` of `n` were seen (Wilson, 1927)."""
+    share = hits / n
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    scale = 1 + z * z / n
+    return max(0.0, middle - half) / scale, min(scale, middle + half) / scale
+
+
+def spread(values, form=".3f"):
+    """Mean and standard deviation (n - 1) over seeds; of one seed only the value."""
+    mean = format(np.mean(values), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1):{form}}"
+
+
+def each(values, form=".2f"):
+    return " ".join(format(value, form) for value in values)
+
+
+def pooled(runs, level):
+    """All puzzles of all seeds -> "659 of 768 [0.83, 0.88]"."""
+    n = sum(run.n(level) for run in runs)
+    hits = round(sum(run.exact(level) * run.n(level) for run in runs))
+    low, high = wilson(hits, n)
+    return f"{hits:,} of {n:,} [{low:.3f}, {high:.3f}]"
+
+
+def sizes(runs, level):
+    """How many puzzles each seed was tested on."""
+    return "/".join(str(n) for n in sorted({run.n(level) for run in runs}))
+
+
+def markdown(head, rows):
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------
+# tables of runs
+
+
+def runs_table(raw, *patterns):
+    """Accuracy at the largest loop count, a row for each group of seeds."""
+    head = ["run", "seeds", "puzzles a seed, easy, hard", "easy", "hard", "hard, each seed",
+            "hard, all seeds", "residual", "norm ratio", "minutes"]
+    rows = []
+    for name, runs in find_groups(raw, patterns).items():
+        easy = [run.exact("easy") for run in runs]
+        hard = [run.exact("hard") for run in runs]
+        residual = np.median([run.last("hard")["residual"] for run in runs])
+        ratio = np.median([run.last("hard")["norm_ratio"] for run in runs])
+        minutes = np.mean([run.result["minutes"] for run in runs])
+        rows.append([name, len(runs), f"{sizes(runs, 'easy')}, {sizes(runs, 'hard')}",
+                     spread(easy), spread(hard), each(hard), pooled(runs, "hard"),
+                     f"{residual:.0e}", f"{ratio:.3g}", f"{minutes:.1f}"])
+    return markdown(head, rows)
+
+
+def front_table(raw, *patterns):
+    """The same for the front page: task and variant in words, and less of the rest."""
+    head = ["task", "recall, norm", "seeds", "easy", "hard", "hard, all seeds", "training, minutes"]
+    rows = []
+    for runs in find_groups(raw, patterns).values():
+        config = runs[0].result["config"]
+        task = config["task"]
+        if task == "prefix_sums":
+            task = f"prefix sums, {config['bits']} to {config['hard_bits']} bits"
+        elif task == "sudoku":
+            task = f"sudoku {config['side']}x{config['side']}"
+        minutes = [run.result["minutes"] for run in runs]
+        rows.append([task, f"{config['recall']}, {config['norm']}", len(runs),
+                     spread([run.exact("easy") for run in runs]),
+                     spread([run.exact("hard") for run in runs]),
+                     pooled(runs, "hard"), spread(minutes, ".1f")])
+    return markdown(head, rows)
+
+
+def loops_table(raw, *patterns):
+    """Share solved against loops, mean over seeds."""
+    groups = find_groups(raw, patterns)
+    counts = {int(t) for runs in groups.values() for t in runs[0].result["hard"]}
+    rows = []
+    for name, runs in groups.items():
+        for level in LEVELS:
+            row = [f"{name}, {level}", f"{len(runs)} x {sizes(runs, level)}"]
+            for t in sorted(counts):
+                values = [run.result[level][str(t)]["exact"] for run in runs
+                          if str(t) in run.result[level]]
+                row.append(f"{np.mean(values):.3f}" if values else "")
+            rows.append(row)
+    return markdown(["loops", "seeds x puzzles", *sorted(counts)], rows)
+
+
+def seeds_table(raw, *patterns):
+    """A row for every seed: the hard puzzles at the last two loop counts, and halting."""
+    rows = []
+    for name, runs in find_groups(raw, patterns).items():
+        for run in runs:
+            before, last = sorted(run.result["hard"], key=int)[-2:]
+            exact, converged, loops, n = run.halting("hard")
+            rows.append([f"{name} {run.seed}", run.n("hard"),
+                         f"{run.result['hard'][before]['exact']:.3f} at {before}",
+                         f"{run.exact('hard'):.3f} at {last}",
+                         f"{run.last('hard')['residual']:.0e}",
+                         f"{run.last('hard')['residual2']:.0e}",
+                         f"{converged:.0%} of {n}", f"{loops:.0f}", f"{exact:.3f}"])
+    return markdown(["seed", "hard puzzles", "exact", "exact", "residual", "over two loops",
+                     "converged by itself", "after loops", "exact then"], rows)
+
+
+def validation_table(raw, *patterns):
+    """The last validation of each run, from its log.jsonl: what choices are made on."""
+    rows = []
+    for name, runs in find_groups(raw, patterns).items():
+        config = runs[0].result["config"]
+        seeds = " ".join(str(run.result["config"]["seed"]) for run in runs)
+        exact = []
+        for run in runs:
+            lines = (run.folder / "log.jsonl").read_text().splitlines()
+            exact.append(json.loads(lines[-1])["exact"])
+        rows.append([name, config["lr"], seeds, config["n_val"], each(exact, ".3f")])
+    return markdown(["run", "learning rate", "seed", "validation puzzles", "exact"], rows)
+
+
+def pairs_table(raw, pattern, first, second):
+    """Two variants seed by seed: the mean difference on hard puzzles with its t interval."""
+    groups = find_groups(raw, [pattern])
+    for name in (first, second):
+        if name not in groups:
+            raise ResultsError(f"{raw / pattern}: no run {name} there")
+    hard = [{run.seed: run.exact("hard") for run in groups[name]} for name in (first, second)]
+    seeds = sorted(hard[0].keys() & hard[1].keys())
+    if len(seeds) < 2:
+        raise ResultsError(f"{first}, {second}: a pair needs two seeds in common")
+    gaps = [hard[0][seed] - hard[1][seed] for seed in seeds]
+    t = STUDENT[len(seeds) - 2] if len(seeds) < 12 else 2.23
+    half = t * np.std(gaps, ddof=1) / math.sqrt(len(seeds))
+    row = [f"{first} - {second}", len(seeds), sizes(groups[first], "hard"), each(gaps, "+.3f"),
+           f"{np.mean(gaps):+.3f} [{np.mean(gaps) - half:+.3f}, {np.mean(gaps) + half:+.3f}]"]
+    return markdown(["hard", "paired seeds", "puzzles a seed", "each", "mean difference"], [row])
+
+
+def harm_table(raw, *patterns):
+    """Does looping on do harm? The best loop count against the largest, mean over seeds."""
+    rows = []
+    for name, runs in find_groups(raw, patterns).items():
+        for level in LEVELS:
+            counts = sorted(runs[0].result[level], key=int)
+            means = [np.mean([run.result[level][t]["exact"] for run in runs]) for t in counts]
+            best = int(np.argmax(means))
+            rows.append([f"{name}, {level}", f"{len(runs)} x {sizes(runs, level)}",
+                         f"{means[best]:.3f} at {counts[best]}", f"{means[-1]:.3f} at {counts[-1]}",
+                         f"{means[-1] - means[best]:+.3f}"])
+    return markdown(["run", "seeds x puzzles", "best", "last", "lost since"], rows)
+
+
+# ----------------------------------------------------------------------------
+# tables of measurements in float64, of claims, of halting, of speed
+
+AXES = {  # what theory.py --ckpt --json calls it: how it is shown, and how it is written
+    "1 share": ("converged", ".0%"),
+    "1 |h_K|": ("norm ratio", ".3g"),
+    "3 distinct": ("distinct limits", ".0f"),
+    "2 rho(J*)": ("rho(J*)", ".2f"),
+    "3 |dh_k": ("dh/de, last", ".2g"),
+    "4 input": ("input swapped: off the new limit", ".0e"),
+}
+
+
+def read_axes(raw, file):
+    """theory.py's measurements of trained runs -> {name: {axis: [a number for each seed]}}."""
+    found = {}
+    for record in read_json(raw / file):
+        name = Path(record["run"]).name
+        axes = found.setdefault(re.sub(r"-?seed\d+$", "", name), {"runs": []})
+        axes["runs"].append(name)
+        for start in AXES:
+            values = next(value for key, value in record.items() if key.startswith(start))
+            number = values[0]
+            if start.startswith("2"):
+                number = max(values)        # of three inputs
+            if start.startswith("3 |"):
+                number = values[-1]         # at the largest k
+            axes.setdefault(start, []).append(number)
+    return found
+
+
+def hard_of(raw, folder, names):
+    return [read_run(raw / folder / name / "eval.json").exact("hard") for name in names]
+
+
+def trained_table(raw, file, folder):
+    """Hard accuracy beside the axes; a number for every seed."""
+    rows = []
+    for name, axes in read_axes(raw, file).items():
+        hard = hard_of(raw, folder, axes["runs"])
+        cells = [each(axes[start], form) for start, (_, form) in AXES.items()]
+        rows.append([-np.mean(hard), name, each(hard), *cells])
+    rows = [row[1:] for row in sorted(rows)]
+    return markdown(["run", "hard, each seed", *(title for title, _ in AXES.values())], rows)
+
+
+def ranks(values):
+    """Ranks from 0, ties share their mean rank."""
+    values = np.asarray(values)
+    below = (values[None] < values[:, None]).sum(1)
+    equal = (values[None] == values[:, None]).sum(1)
+    return below + (equal - 1) / 2
+
+
+def spearman(a, b):
+    a, b = ranks(a), ranks(b)
+    if np.std(a) == 0 or np.std(b) == 0:
+        return 0.0
+    return np.corrcoef(a, b)[0, 1]
+
+
+def rank_table(raw, file, folder, draws=1000):
+    """Rank correlation of hard accuracy with each axis over all runs.
+
+    The interval is of a bootstrap over variants, as the seeds of one are no independent runs; the
+    control is the 97.5 % quantile of its size when the accuracies are shuffled among the runs.
+    """
+    variants = list(read_axes(raw, file).values())
+    hard = [hard_of(raw, folder, axes["runs"]) for axes in variants]
+    rows = []
+    for start, (title, _) in AXES.items():
+        random = np.random.RandomState(0)
+        columns = [(axes[start], exact) for axes, exact in zip(variants, hard, strict=True)]
+        values, exact = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+        drawn, shuffled = [], []
+        for _ in range(draws):
+            some = [columns[i] for i in random.randint(len(columns), size=len(columns))]
+            drawn.append(spearman(*(np.concatenate(parts) for parts in zip(*some, strict=True))))
+            shuffled.append(abs(spearman(values, random.permutation(exact))))
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        rows.append([title, len(exact), f"{spearman(values, exact):+.2f} [{low:+.2f}, {high:+.2f}]",
+                     f"{np.quantile(shuffled, 0.975):.2f}"])
+    return markdown(["axis", "runs", "rank correlation with hard accuracy", "shuffled"], rows)
+
+
+def theory_table(raw, folder):
+    """How many seeds of theory.py hold every row."""
+    rows = []
+    for kind in ("full", "quick"):
+        paths = sorted(raw.glob(f"{folder}/{kind}-seed*.json"))
+        tables = [read_json(path)["rows"] for path in paths]
+        held = sum(all(row["passed"] for row in table) for table in tables)
+        size = "/".join(str(n) for n in sorted({len(table) for table in tables}))
+        rows.append([kind, len(tables), size, f"{held} of {len(tables)}"])
+    return markdown(["theory.py", "seeds", "rows", "seeds of which every row holds"], rows)
+
+
+def damping_table(raw, file, boards="256"):
+    """Halting with damped loops."""
+    rows = []
+    for name, found in sorted(read_json(raw / file).items()):
+        rows.append([name, f"{found['solved']} of {boards}", found["rest"], found["right_at_rest"],
+                     f"{found['loops']:.0f}"])
+    return markdown(["recall, level, damping", "solved", "converged", "of those solved",
+                     "loops, mean"], rows)
+
+
+def tries_table(raw, *files):
+    """Asking again under other names for the digits, until it converges."""
+    rows = []
+    for file in files:
+        for line in (raw / file).read_text().splitlines():
+            numbers = re.findall(r"\d+", line)
+            if re.match(r"\d+ tries:", line):
+                tries, solved, n, converged, right = numbers
+                rows.append([Path(file).stem, tries, f"{solved} of {n}", converged, right])
+            elif " tries " in line:
+                tries, solved, converged, right = numbers
+                boards = line.split(f" {tries} tries")[0]
+                rows.append([f"{Path(file).stem}, {boards}", tries, f"{solved} of 256", converged,
+                             right])
+    rows = [row for row in rows if row[1] in ("1", "2", "5", "10")]
+    return markdown(["boards", "tries", "solved", "converged", "of those solved"], rows)
+
+
+def speed_table(raw, folder):
+    """Milliseconds a step, without those up to the first evaluation."""
+    rows = []
+    for path in sorted(raw.glob(f"{folder}/*.jsonl")):
+        first, *steps = [json.loads(line) for line in path.read_text().splitlines()]
+        config = first["config"]
+        tokens = config["bits"] + 1 if config["task"] == "prefix_sums" else config["side"] ** 2
+        ms = np.mean([step["ms"] for step in steps if "ms" in step][1:])
+        rate = 1e3 * config["batch"] * tokens * config["grad_loops"] / ms
+        rows.append([path.stem, config["batch"], tokens, f"{ms:.0f}", f"{rate:,.0f}"])
+    return markdown(["run", "batch", "tokens", "ms a step", "token-loops a second"], rows)
+
+
+TABLES = {"runs": runs_table, "front": front_table, "loops": loops_table, "seeds": seeds_table,
+          "validation": validation_table,
+          "pairs": pairs_table, "harm": harm_table, "trained": trained_table, "rank": rank_table,
+          "theory": theory_table, "damping": damping_table, "tries": tries_table,
+          "speed": speed_table}
+
+
+def make_table(raw, spec):
+    """What follows "table" in a marker -> the table, a string."""
+    kind, *arguments = spec.split()
+    if kind not in TABLES:
+        raise ResultsError(f"table {spec}: unknown kind; one of {', '.join(TABLES)}")
+    try:
+        return TABLES[kind](raw, *arguments)
+    except (LookupError, StopIteration, TypeError, ValueError) as e:
+        raise ResultsError(f"table {spec}: {type(e).__name__} {e}") from e
+
+
+def tables(raw, folders):
+    """Print the tables of all runs in the folders, one pair for each folder that holds runs."""
+    for folder in folders or [raw]:
+        paths = sorted(Path(folder).rglob("eval.json"))
+        if not paths:
+            raise ResultsError(f"{folder}: no eval.json there")
+        for parent in sorted({path.parent.parent for path in paths}):
+            print(f"\n## {parent}\n\n{runs_table(parent, '*')}\n\n{loops_table(parent, '*')}")
+
+
+BLOCK = re.compile(r"^<!-- table (.+?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
+
+
+def read_blocks(path, raw):
+    """A Markdown file -> its text, the text with fresh tables, [(spec, old, fresh)]."""
+    text = Path(path).read_text()
+    begun = re.findall(r"^<!-- table ", text, re.M)
+    ended = re.findall(r"^<!-- end -->$", text, re.M)
+    if len(begun) != len(ended):
+        raise ResultsError(f"{path}: each <!-- table ... --> needs its own <!-- end -->")
+    blocks = []
+
+    def refill(match):
+        fresh = make_table(raw, match[1])
+        blocks.append((match[1], match[2].strip(), fresh))
+        return f"<!-- table {match[1]} -->\n{fresh}\n<!-- end -->"
+
+    return text, BLOCK.sub(refill, text), blocks
+
+
+def write(raw, files):
+    for path in files or NOTEBOOKS:
+        text, fresh, blocks = read_blocks(path, raw)
+        if fresh != text:
+            Path(path).write_text(fresh)
+        print(f"{path}: {len(blocks)} tables")
+
+
+def check(raw, files):
+    """-> exit code: 0, or 1 if a table is not what the raw files say."""
+    wrong = 0
+    for path in files or NOTEBOOKS:
+        blocks = read_blocks(path, raw)[2]
+        for spec, old, fresh in blocks:
+            if old == fresh:
+                continue
+            wrong += 1
+            print(f"{path}: table {spec} is not what the raw files say")
+            for before, after in zip(old.splitlines(), fresh.splitlines(), strict=False):
+                if before != after:
+                    print(f"  has  {before}\n  want {after}")
+                    break
+        print(f"{path}: {len(blocks)} tables checked")
+    if wrong:
+        print("python assets/results.py write puts it right")
+    return int(wrong > 0)
+
+
+# ----------------------------------------------------------------------------
+# figures
+
+BLUE = "#0072B2"        # the colour-blind safe colours of Okabe and Ito
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+YELLOW = "#E69F00"
+PINK = "#CC79A7"
+RECALLS = {"internal": BLUE, "external": ORANGE, "none": "0.45"}
+
+
+def new_figure(width, height, rows=1, columns=1, **options):
+    """-> a figure and its axes [rows, columns]; 100 dots an inch."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ResultsError("figures need matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    print(path)
+
+
+def mean_curve(runs, level):
+    """-> loop counts, share solved as a mean over seeds."""
+    counts = sorted(runs[0].result[level], key=int)
+    return [int(t) for t in counts], [
+        np.mean([run.result[level][t]["exact"] for run in runs]) for t in counts]
+
+
+def loops_axis(axis, config, counts):
+    """Loops on a log scale, those of training shaded."""
+    axis.axvspan(counts[0], config["loops"], color="0.93", linewidth=0)
+    ticks = counts[::2]
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [str(t) for t in ticks])
+    axis.minorticks_off()
+    axis.set(ylim=(-0.03, 1.05), xlabel="loops")
+
+
+def curve(run):
+    """Draw RUN/curve.png: accuracy against loops of one finished run."""
+    found = read_run(run / "eval.json")
+    config = found.result["config"]
+    figure, ((axis,),) = new_figure(6, 3.6)
+    for level, colour, mark in zip(LEVELS, (BLUE, ORANGE), "os", strict=True):
+        counts, exact = mean_curve([found], level)
+        axis.plot(counts, exact, marker=mark, color=colour, markersize=4,
+                  label=f"{level}: {found.n(level)} puzzles")
+    loops_axis(axis, config, counts)
+    axis.set(ylabel="solved exactly", title=f"{config['task']}: {config['recall']} recall, "
+             f"{config['norm']} norm (shaded: loops in training)")
+    axis.title.set_fontsize(10)
+    axis.legend(frameon=False)
+    save_figure(figure, run / "curve.png")
+
+
+def direct_labels(axis, ends, gap=0.085):
+    """Name lines at their right ends [(height, text, colour)]; equal ones are stacked inwards."""
+    stacked = {}
+    for end, text, colour in ends:
+        level = round(end, 1)
+        shift = gap * stacked.get(level, 0)
+        stacked[level] = stacked.get(level, 0) + 1
+        height = end - shift if end > 0.5 else end + shift
+        axis.text(1.0, height, text, color=colour, fontsize=9, va="center",
+                  transform=axis.get_yaxis_transform())
+
+
+def front_figure(raw, out):
+    """The curve of the front page: six variants, strings as long as in training and 16 times."""
+    figure, axes = new_figure(7, 3.3, 1, 2, sharey=True)
+    styles = {"outer": "-", "pre": (0, (4, 2))}
+    ends = []
+    for recall, colour in RECALLS.items():
+        for norm, style in styles.items():
+            (runs,) = find_groups(raw, [f"variants/{recall}-{norm}-seed*"]).values()
+            for axis, level in zip(axes[0], LEVELS, strict=True):
+                counts, exact = mean_curve(runs, level)
+                axis.plot(counts, exact, color=colour, linestyle=style, linewidth=1.8)
+            ends.append((exact[-1], f"{recall}, {norm}", colour))
+    config = runs[0].result["config"]
+    for axis, bits in zip(axes[0], (config["bits"], config["hard_bits"]), strict=True):
+        loops_axis(axis, config, counts)
+        axis.set_title(f"{bits} bits", fontsize=10)
+    axes[0, 0].text(1.2, 1.0, "loops in\ntraining", color="0.4", fontsize=8.5, va="top")
+    axes[0, 0].set_ylabel("solved exactly")
+    axes[0, 1].text(1.2, 1.0, "solid: outer norm\ndashed: pre norm", color="0.4", fontsize=8.5,
+                    va="top")
+    direct_labels(axes[0, 1], ends)
+    save_figure(figure, out / "curve.png")
+
+
+def panels_figure(raw, pattern, path):
+    """A panel for each variant, a line for each seed and level."""
+    groups = find_groups(raw, [pattern])
+    columns = 3
+    rows = math.ceil(len(groups) / columns)
+    figure, axes = new_figure(8, 0.6 + 1.75 * rows, rows, columns, sharey=True, sharex=True)
+    for axis in axes.flat[len(groups):]:
+        axis.set_visible(False)
+    for axis, (name, runs) in zip(axes.flat, groups.items(), strict=False):
+        for level, colour in zip(LEVELS, (BLUE, ORANGE), strict=True):
+            for run in runs:
+                counts, exact = mean_curve([run], level)
+                axis.plot(counts, exact, ".-", color=colour, linewidth=1,
+                          label=level if run is runs[0] else None)
+        axis.set_title(name, fontsize=9)
+        loops_axis(axis, runs[0].result["config"], counts)
+        axis.set_xlabel("")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("loops (shaded: loops in training)", fontsize=9)
+    figure.supylabel("solved exactly", fontsize=9)
+    save_figure(figure, path)
+
+
+def axes_figure(raw, out):
+    """A point for each trained run: hard accuracy against what its float64 loop does."""
+    variants = read_axes(raw, "trained.json")
+    starts = ("1 share", "2 rho(J*)", "4 input")
+    figure, axes = new_figure(8.5, 3, 1, len(starts), sharey=True)
+    marks = {"outer": "o", "pre": "s", "peri": "^", "gru": "D"}
+    for name, found in variants.items():
+        recall, norm = name.split("-")
+        hard = hard_of(raw, "variants", found["runs"])
+        for axis, start in zip(axes[0], starts, strict=True):
+            axis.plot(found[start], hard, marks[norm], color=RECALLS[recall], alpha=0.75,
+                      markersize=5, label=f"{recall}, {norm}")
+            axis.set_xlabel(AXES[start][0])
+    axes[0, 2].set_xscale("log")
+    axes[0, 0].set_ylabel("512 bits solved")
+    axes[0, 2].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(figure, out / "axes.png")
+
+
+def halting_figure(out):
+    """Harder puzzles take more loops: strings by their length, boards by their rating."""
+    import torch
+
+    import data
+    import looped
+
+    figure, ((left, right),) = new_figure(8, 3.2, 1, 2)
+    torch.manual_seed(0)
+    model, cfg = looped.load(ASSETS / "prefix_sums.pt")
+    for bits in (16, 32, 64, 128, 256, 512, 1024):
+        texts = ["".join(map(str, row)) for row in torch.randint(0, 2, (16, bits)).tolist()]
+        x = torch.as_tensor(np.stack([model.task.parse(text)[0] for text in texts])).long()
+        left.plot([bits] * 16, looped.solve(model, x)[1], ".", color=BLUE, markersize=4)
+    left.plot((16, 1024), (8, 512), color="0.5", label="as fast as windows allow")
+    left.axvline(cfg.bits, color="0.9", linewidth=6, zorder=0, label="length in training")
+    left.set(xscale="log", yscale="log", xlabel="bits", ylabel="loops until converged",
+             title="prefix sums, 16 strings each")
+    left.legend(frameon=False, fontsize=8)
+
+    model, cfg = looped.load(ASSETS / "sudoku9.pt")
+    sets = data.splits(model.task, cfg.seed, cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard)
+    x = torch.as_tensor(np.concatenate([sets[level].x for level in LEVELS])).long()
+    rating = np.concatenate([sets[level].rating for level in LEVELS])
+    found = looped.solve(model, x, max_loops=512, damping=cfg.damping)
+    bands = {"0": (0, 0), "2": (2, 2), "4": (4, 4), "6-8": (6, 8), "10-14": (10, 14),
+             "16+": (16, 999)}
+    boxes = []
+    names = []
+    for name, (low, high) in bands.items():
+        some = (low <= rating) & (rating <= high)
+        boxes.append(found[1].numpy()[some])
+        names.append(f"{name}\n{found[2].numpy()[some].mean():.0%}")
+    right.boxplot(boxes, showfliers=False, medianprops={"color": ORANGE})
+    right.axvspan(0.5, 3.5, color="0.93", zorder=0, label="ratings in training")
+    right.set(yscale="log", title=f"sudoku 9x9, {len(x)} boards",
+              xlabel="placements a search tries; share converged in 512 loops")
+    right.set_xticks(range(1, 1 + len(names)), names)
+    right.legend(frameon=False, fontsize=8)
+    save_figure(figure, out / "halting.png")
+
+
+def theory_figures(out):
+    """regions, drift, staircase, spectrum: what theory.py claims, seen."""
+    import torch
+
+    import theory
+
+    norms = {"pre": BLUE, "peri": YELLOW, "outer": GREEN, "sandwich": PINK}
+    side = torch.linspace(-4, 4, 160, dtype=torch.float64)
+    y, x = (t.flatten() for t in torch.meshgrid(side, side, indexing="ij"))
+    figure, axes = new_figure(7, 6.8, 2, 2, sharex=True, sharey=True)
+    for row, norm in zip(axes, ("pre", "outer"), strict=True):
+        for axis, recall in zip(row, ("internal", "external"), strict=True):
+            a, b = theory.scalar_loop(recall, x, y)
+            axis.pcolormesh(side, side, theory.reached(a, b, norm, 0).view(160, 160),
+                            cmap="Blues", vmax=2, rasterized=True)
+            axis.contour(side, side, theory.settles(a, b, norm).view(160, 160), [0.5],
+                         colors=ORANGE, linewidths=1.2)
+            axis.set(title=f"{recall} recall, {'outer' if norm == 'outer' else 'no'} norm",
+                     aspect="equal")
+    figure.supxlabel("state weight x")
+    figure.supylabel("block weight y")
+    figure.suptitle("blue: a fixed point is reached; orange: the predicted edge", fontsize=11)
+    save_figure(figure, out / "regions.png")
+
+    figure, axes = new_figure(8.5, 5, 2, 3, sharex=True, sharey="row")
+    for (top, low), recall in zip(axes.T, ("none", "external", "internal"), strict=True):
+        for norm, colour in norms.items():
+            loop = theory.untrained(0, norm, recall, theory.LARGE, 1, theory.STRONG)
+            h = theory.states(loop, range(1, 402))[:, 0]
+            residual = (h[1:] - h[:-1]).norm(dim=-1) / h[:-1].norm(dim=-1)
+            style = {"color": colour, "linestyle": ":" if norm == "sandwich" else "-"}
+            top.loglog(range(1, 402), h.square().mean(1).sqrt(), label=norm, **style)
+            low.loglog(range(1, 401), residual.clamp(min=1e-16), **style)
+        top.set_title(f"recall: {recall}", fontsize=10)
+        low.set_xlabel("loops")
+    axes[0, 0].set_ylabel("rms of the state")
+    axes[1, 0].set_ylabel("residual")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    save_figure(figure, out / "drift.png")
+
+    figure, axes = new_figure(7, 3, 1, 2, sharey=True)
+    for axis, recall, title in zip(axes[0], (0.0, 4.0), ("no recall", "recall"), strict=True):
+        place, limit = theory.tanh_path(0, recall, 801, 4000)
+        for i, colour in enumerate(norms.values()):
+            axis.plot(place, limit[:, i], ".", markersize=2, color=colour)
+        axis.set(title=title, xlabel="place on a path of inputs")
+    axes[0, 0].set_ylabel("limit, 4 coordinates")
+    save_figure(figure, out / "staircase.png")
+
+    names = ("pre + internal", "outer + none", "outer + external", "outer + internal")
+    figure, axes = new_figure(8.5, 2.9, 1, len(names))
+    circle = torch.linspace(0, 2 * math.pi, 200)
+    for axis, name in zip(axes[0], names, strict=True):
+        loop = theory.untrained(0, *name.split(" + "), theory.LARGE, 1, theory.STRONG)
+        h = theory.states(loop, [1000])[0]
+        eig = torch.linalg.eigvals(theory.jacobian(loop, h)[0])
+        axis.plot(circle.cos(), circle.sin(), color="0.6", linewidth=1)
+        axis.plot(eig.real, eig.imag, ".", color=BLUE, markersize=3)
+        axis.set_title(f"{name}\nlargest: {eig.abs().max():.2f}", fontsize=10)
+        axis.set(aspect="equal", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+    save_figure(figure, out / "spectrum.png")
+
+
+def figures(raw, out, names):
+    """Draw all figures, or those named."""
+    draw = {"curve": lambda: front_figure(raw, out),
+            "variants": lambda: panels_figure(raw, "variants/*", out / "variants.png"),
+            "sudoku6": lambda: panels_figure(raw, "grid6/*", out / "sudoku6.png"),
+            "axes": lambda: axes_figure(raw, out),
+            "theory": lambda: theory_figures(out),
+            "halting": lambda: halting_figure(out)}
+    for name in names or draw:
+        if name not in draw:
+            raise ResultsError(f"figures {name}: one of {', '.join(draw)}")
+        draw[name]()
+
+
+# ----------------------------------------------------------------------------
+# movies, in units of a picture 700 wide; drawn at twice that size
+
+# a search tries 34 placements on the first; the others are for a model that does not converge on it
+BOARDS = (
+    "85...12........7.3....28.......5...8...7643...1.......67.2...4...2.....1..48.....",
+    "7.........8.1....5.5.3....4...43.6....35.7.....82..1....684..1.......7...2..5..8.",
+    "9......63....3...2....2.7..54.......2..4..35....8.6....3...4.7.412...8...89....36",
+    "...1.7......4..93...5.3..7.3..9...4.5.1.......42.........3...18.2....5..69.8....7",
+)
+BITS = "".join(map(str, np.random.RandomState(0).randint(0, 2, 64)))
+ZOOM = 2
+INK = "#222222"
+GREY = "#8a8a8a"
+CLUE = "#e4e4e4"
+PALE = "#fbe3d3"
+
+
+class Canvas:
+    """A picture of width x height units that knows lines, boxes and text."""
+
+    def __init__(self, width, height):
+        try:
+            from PIL import Image, ImageDraw, ImageFont
+        except ImportError:
+            raise ResultsError("movies need pillow: pip install pillow") from None
+        self.image = Image.new("RGB", (width * ZOOM, height * ZOOM), "white")
+        self.pen = ImageDraw.Draw(self.image)
+        self.font = ImageFont.load_default
+
+    def box(self, x, y, width, height, fill=None, outline=None, line=1):
+        corners = [round(v * ZOOM) for v in (x, y, x + width, y + height)]
+        corners[2] -= 1
+        corners[3] -= 1
+        self.pen.rectangle(corners, fill, outline, round(line * ZOOM))
+
+    def line(self, points, fill, width=1.0):
+        self.pen.line([(x * ZOOM, y * ZOOM) for x, y in points], fill, round(width * ZOOM), "curve")
+
+    def text(self, x, y, text, size=14, fill=INK, anchor="lm", bold=0):
+        self.pen.text((x * ZOOM, y * ZOOM), text, fill, self.font(size * ZOOM), anchor,
+                      stroke_width=bold)
+
+
+def loop_by_loop(model, x, tol, damping, limit):
+    """One puzzle x [L] -> after each loop until it converges: predicted labels [L], residual."""
+    import torch
+
+    found = []
+    with torch.inference_mode():
+        e = model.embed(torch.as_tensor(x)[None].long())
+        h, r = e, model.recall(e)
+        for _ in range(limit):
+            new = model.step(h, r)
+            residual = ((new - h).norm(dim=-1) / h.norm(dim=-1)).max().item()
+            h = (1 - damping) * new + damping * h
+            found.append((model.task.predict(model.readout(h))[0].numpy(), residual))
+            if residual < tol:
+                break
+    return found
+
+
+def save_movie(frames, times, path):
+    """Write a GIF with one small palette for all frames."""
+    from PIL import Image
+
+    shown = [frames[0], frames[len(frames) // 2], frames[-1]]
+    strip = Image.new("RGB", (frames[0].width, 3 * frames[0].height))
+    for i, frame in enumerate(shown):
+        strip.paste(frame, (0, i * frame.height))
+    palette = strip.quantize(32, dither=Image.Dither.NONE)
+    colours = np.array(palette.getpalette()).reshape(-1, 3)
+    colours[colours.min(1) >= 250] = 255        # white stays white
+    palette.putpalette(colours.flatten().tolist())
+    small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small[0].save(path, save_all=True, append_images=small[1:], duration=times, loop=0,
+                  optimize=True)
+    print(f"{path}: {len(frames)} frames, {path.stat().st_size / 1024:.0f} kB")
+
+
+def board_frame(x, y, answer, residuals, total, tol, converged):
+    """A board on the left, its residual up to now on the right."""
+    picture = Canvas(700, 400)
+    loop = len(residuals)
+    picture.text(20, 22, f"loop {loop}", 20, bold=1)
+    right = int(((answer == y) & (x == 0)).sum())
+    picture.text(344, 22, f"{right} of {int((x == 0).sum())} blanks right", 14, GREY, "rm")
+    cell = 36
+    for i in range(81):
+        left, top = 20 + cell * (i % 9), 48 + cell * (i // 9)
+        middle = (left + cell / 2, top + cell / 2)
+        if x[i]:
+            picture.box(left, top, cell, cell, CLUE)
+            picture.text(*middle, str(x[i]), 20, INK, "mm", bold=1)
+        elif answer[i] == y[i]:
+            picture.text(*middle, str(answer[i]), 22, BLUE, "mm", bold=1)
+        else:
+            picture.box(left + 5, top + 5, cell - 10, cell - 10, PALE, ORANGE)
+            picture.text(*middle, str(answer[i]), 15, ORANGE, "mm")
+    for i in range(10):
+        width = 2 if i % 3 == 0 else 0.5
+        picture.line([(20, 48 + cell * i), (20 + 9 * cell, 48 + cell * i)], INK, width)
+        picture.line([(20 + cell * i, 48), (20 + cell * i, 48 + 9 * cell)], INK, width)
+
+    x0, x1, top, bottom = 420, 680, 60, 270
+    high, low = 1, math.floor(math.log10(tol))
+
+    def place(t, residual):
+        share = (high - math.log10(residual)) / (high - low)
+        return x0 + (x1 - x0) * t / total, top + (bottom - top) * min(1, share)
+
+    picture.text(x0 - 40, 22, "residual: how far the state moved", 14, GREY)
+    for power in range(low, high + 1):
+        level = place(0, 10.0 ** power)[1]
+        picture.line([(x0, level), (x1, level)], CLUE, 0.5)
+        picture.text(x0 - 8, level, f"{10.0 ** power:g}", 12, GREY, "rm")
+    picture.line([(x0, bottom), (x1, bottom)], GREY)
+    for t in range(0, total + 1, 20):
+        picture.text(place(t, 1)[0], bottom + 12, str(t), 12, GREY, "mm")
+    picture.text(x1, bottom + 30, "loops", 12, GREY, "rm")
+    points = [place(t, residual) for t, residual in enumerate(residuals, 1)]
+    if loop > 1:
+        picture.line(points, BLUE, 1.5)
+    px, py = points[-1]
+    picture.box(px - 3, py - 3, 6, 6, BLUE)
+    if converged:
+        picture.text(x1, 46, f"converged after {loop} loops", 14, BLUE, "rm")
+
+    for i, (digit, meaning) in enumerate((("5", "given"), ("5", "right so far"), ("5", "not yet"))):
+        top = 318 + 26 * i
+        picture.box(x0 - 11, top - 11, 22, 22, (CLUE, None, PALE)[i], (None, None, ORANGE)[i])
+        picture.text(x0, top, digit, (16, 17, 13)[i], (INK, BLUE, ORANGE)[i], "mm", bold=int(i < 2))
+        picture.text(x0 + 22, top, meaning, 14)
+    return picture.image
+
+
+def string_frame(x, y, answers, total, converged):
+    """Bits, their running parity, and below what each loop before has said."""
+    picture = Canvas(700, 112 + 7 * total + 36)
+    right = answers[-1] == y
+    cell, x0 = 10.5, 14
+    front = len(y) if right.all() else int(np.argmin(right))
+    picture.text(x0, 16, f"loop {len(answers)}", 20, bold=1)
+    picture.text(686, 16, f"right up to place {front}" + (": converged" if converged else ""), 14,
+                 BLUE, "rm")
+    for i in range(len(x)):
+        left = x0 + cell * i
+        picture.box(left, 48, cell - 1, 18, CLUE)
+        picture.text(left + cell / 2 - 0.5, 57, str(x[i]), 10, INK, "mm")
+        if right[i]:
+            picture.box(left, 82, cell - 1, 18, BLUE)
+        else:
+            picture.box(left, 85, cell - 1, 12, PALE, ORANGE, 0.5)
+        picture.text(left + cell / 2 - 0.5, 91, str(answers[-1][i]), 10,
+                     "white" if right[i] else ORANGE, "mm")
+    picture.text(x0, 40, "64 bits", 11, GREY)
+    picture.text(x0, 74, "running parity: filled = right so far, small = not yet", 11, GREY)
+    picture.text(x0, 109, "every loop so far, one line each; black: two places a loop, as fast as "
+                 "a window of 5 allows", 11, GREY)
+    for t, answer in enumerate(answers):
+        for i in range(len(x)):
+            colour = BLUE if answer[i] == y[i] else PALE
+            picture.box(x0 + cell * i, 118 + 7 * t, cell - 1, 6, colour)
+    last = min(len(answers), len(x) // 2)
+    picture.line([(x0, 118), (x0 + 2 * cell * last, 118 + 7 * last)], INK, 1)
+    return picture.image
+
+
+def movies(out):
+    """A board and a string that solve themselves, as GIFs."""
+    import torch
+
+    import looped
+
+    torch.set_num_threads(1)
+    model, cfg = looped.load(ASSETS / "sudoku9.pt")
+    for text in BOARDS:
+        x, y = model.task.parse(text)
+        found = loop_by_loop(model, x, cfg.tol, cfg.damping, 150)
+        converged = found[-1][1] < cfg.tol and (found[-1][0] == y).all()
+        if converged:
+            break
+    if not converged:
+        raise ResultsError("assets/sudoku9.pt solves none of the boards of the movie in 150 loops")
+    residuals = [residual for _, residual in found]
+    frames = []
+    for t, (answer, _) in enumerate(found, 1):
+        frames.append(board_frame(x, y, answer, residuals[:t], 10 * math.ceil(len(found) / 10),
+                                  cfg.tol, t == len(found)))
+    times = [400] * 6 + [120] * (len(frames) - 7) + [5000]
+    save_movie(frames, times, out / "sudoku9.gif")
+
+    model, cfg = looped.load(ASSETS / "prefix_sums.pt")
+    x, y = model.task.parse(BITS)
+    found = [answer for answer, _ in loop_by_loop(model, x, cfg.tol, 0.0, 150)]
+    start = len(x) - len(BITS)      # a start token, if there is one, is not shown
+    answers = [answer[start:] for answer in found]
+    frames = []
+    for t in range(1, len(answers) + 1):
+        frames.append(string_frame(x[start:], y[start:], answers[:t], len(answers),
+                                   t == len(answers)))
+    save_movie(frames, [300] * (len(frames) - 1) + [5000], out / "prefix_sums.gif")
+
+
+# ----------------------------------------------------------------------------
+# command line
+
+
+def main(argv=None):
+    """-> exit code: 0, 1 if check finds a difference, 2 for what cannot be done, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command",
+                        choices=["tables", "write", "check", "curve", "figures", "movies"])
+    parser.add_argument("paths", nargs="*", metavar="PATH",
+                        help="folders, Markdown files, a run or names of figures")
+    parser.add_argument("--results", type=Path, default=RAW, help="the folder of raw results")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="where figures and movies go")
+    args = parser.parse_args(argv)
+    sys.path.insert(0, str(ROOT))
+    try:
+        if args.command == "tables":
+            tables(args.results, args.paths)
+        elif args.command == "write":
+            write(args.results, args.paths)
+        elif args.command == "check":
+            return check(args.results, args.paths)
+        elif args.command == "curve":
+            if len(args.paths) != 1:
+                raise ResultsError("curve: name one run")
+            curve(Path(args.paths[0]))
+        elif args.command == "figures":
+            figures(args.results, args.out, args.paths)
+        elif args.command == "movies":
+            movies(args.out)
+        return 0
+    except ResultsError as e:
+        message = e
+    except OSError as e:
+        message = f"{e.filename}: {e.strerror}"
+    except KeyboardInterrupt:
+        print("results.py: interrupted", file=sys.stderr)
+        return 130
+    print(f"results.py: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
