@@ -116,11 +116,13 @@ class Config:
     grad_loops: int = option(3, "carry: loops in a step, all with gradient")
     steps: int = option(None, "optimizer steps")
     batch: int = option(None, "puzzles in a step")
+    optimizer: str = option(None, "muon: for the hidden matrices, the rest has AdamW",
+                            ("adamw", "muon"))
     lr: float = option(None, "learning rate after the warm-up")
     decay: str = option("linear", "linear to 0, or x0.1 after 60 % of the steps",
                         ("linear", "step"))
     warmup: int = option(50, "steps of warm-up", low=0)
-    weight_decay: float = option(0.01, "of AdamW, on matrices only", low=0)
+    weight_decay: float = option(0.01, "on matrices only", low=0)
     clip: float = option(1.0, "largest norm of the gradient")
 
     # evaluation
@@ -536,16 +538,33 @@ def get_lr(cfg, step):
         raise ValueError(f"decay {cfg.decay!r} has no branch in get_lr")
 
 
-def configure_optimizer(model, cfg):
-    """AdamW; weight decay for matrices and embeddings, not for biases and norms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
+def configure_optimizers(model, cfg):
+    """-> the optimizers that take a step together. Biases and norms have no weight decay."""
     vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    hidden = []
+    if cfg.optimizer == "muon":
+        # Muon (Jordan et al., 2024) makes the update of a matrix orthogonal; that is meant for
+        # maps from hidden to hidden channels, not for embeddings and the last layer
+        ends = [model.tok_emb.weight, model.pos_emb, model.head[-1].weight]
+        hidden = [p for p in matrices if not any(p is end for end in ends)]
+        matrices = [p for p in matrices if any(p is end for end in ends)]
+    elif cfg.optimizer != "adamw":
+        raise ValueError(f"optimizer {cfg.optimizer!r} has no branch in configure_optimizers")
+
+    # beside Muon, AdamW has half its rate
+    scale = 0.5 if hidden else 1.0
     groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": cfg.weight_decay, "lr_scale": scale},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": scale},
     ]
-    on_mps = matrices[0].device.type == "mps"
-    return torch.optim.AdamW(groups, fused=not on_mps)
+    on_mps = vectors[0].device.type == "mps"
+    optimizers = [torch.optim.AdamW(groups, fused=not on_mps)]
+    if hidden:
+        groups = [{"params": hidden, "lr_scale": 1.0}]
+        optimizers.append(torch.optim.Muon(groups, weight_decay=cfg.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def save_checkpoint(out, checkpoint):
@@ -578,7 +597,7 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
-    optimizer = configure_optimizer(model, cfg)
+    optimizers = configure_optimizers(model, cfg)
     rng = torch.Generator(device).manual_seed(cfg.seed)
     first_step = 0
     seconds = 0.0           # spent in training, without the validations
@@ -587,7 +606,8 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
     carry = None
     if state is not None:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         first_step = state["step"]
         seconds = state["seconds"]
         best_val = state["best_val"]
@@ -612,8 +632,9 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
 
         # set the learning rate of this step
         lr = get_lr(cfg, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
 
         # forward, backward, clip, step
         batch = get_batch(task, x_all, y_all, cfg.batch, rng, rank, world)
@@ -621,8 +642,9 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
             loss, carry = compute_loss(wrapper, task, cfg, batch, carry, rng)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
         # validate, save and log now and then, and after the last step
         timed_steps += 1
@@ -647,7 +669,7 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
                 best_weights = clone_weights(model)
             save_checkpoint(out, {
                 "config": dataclasses.asdict(cfg), "step": done, "seconds": seconds,
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                 "rng": rng.get_state(), "carry": carry if world == 1 else None,
                 "best": best_weights, "best_val": best_val,
             })
@@ -903,10 +925,10 @@ def mark_token(labels, shown, y, i, text):
 # defaults of the tasks, and the authors' protocol
 
 BOARD = dict(n_train=20000, n_hard=256, width=64, window=0, loops=30, steps=16000, batch=64,
-             lr=2e-3, eval_loops=256, damping=0.25)
+             optimizer="adamw", lr=2e-3, eval_loops=256, damping=0.25)
 DEFAULTS = {
     "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=21, steps=800, batch=100,
-                        lr=1e-3, eval_loops=500, damping=0.0),
+                        optimizer="adamw", lr=1e-3, eval_loops=500, damping=0.0),
     "sudoku": BOARD,
     "chess": BOARD | dict(n_train=16000, steps=8000),
 }
@@ -915,8 +937,8 @@ SIDE_DEFAULTS = {
     6: dict(steps=3000, eval_loops=128),
 }
 
-PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, lr=3e-4, decay="step",
-             warmup=160, steps=1600, eval_loops=500, positions="relative")          # 100 epochs
+PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",
+             lr=3e-4, decay="step", warmup=160, steps=1600, eval_loops=500, positions="relative")
 PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
 PAPER_PRESET = {
     "prefix_sums": PAPER,
@@ -995,7 +1017,7 @@ def configure(given):
         raise LoopedError("--recall_gain scales W_e: it needs a recall, and --inject linear")
     if state is not None and cfg.steps < state["step"]:
         raise LoopedError(f"--steps {cfg.steps}: the run has done {state['step']} already")
-    if state is not None and cfg.steps > state["step"] and "optimizer" not in state:
+    if state is not None and cfg.steps > state["step"] and "optimizers" not in state:
         raise LoopedError(f"{cfg.resume}: holds weights only, training cannot go on from them")
     return cfg, state, model
 
