@@ -594,7 +594,9 @@ class Sudoku(Task):
         bits = np.array([(1 << self.side) - 1] + [1 << d for d in range(self.side)], np.uint16)
         found, solution, _ = solve(bits[x].T, self.box)
 
-        reasons = np.array(["no solution", "", "several solutions"], object)[found]
+        # a search may end with more than the two solutions that it looked for
+        names = np.array(["no solution", "", "several solutions"], object)
+        reasons = names[found.clip(max=2)]
         reasons[(x == 0).all(1)] = "no clues"
         return self.digits(solution), reasons
 
