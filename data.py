@@ -431,7 +431,7 @@ def solve(cand, box, limit=2, width=256):
         order = order[found[owner[order]] < limit]
         cand = cand.take(order, 1)
         owner = owner[order]
-    return found, solution, tried
+    return found.clip(max=limit), solution, tried
 
 
 def solved_grids(rng, N, box):
@@ -517,8 +517,8 @@ SIDES = {
 class Sudoku(Task):
     """Every digit once in each row, column and box. For side 4, row by row:
 
-        puzzle   1.3. .... 2..3 ..2.
-        tokens   1030 0000 2003 0020    0 is a blank
+        puzzle   1.3. .4.. 2..3 ..2.
+        tokens   1030 0400 2003 0020    0 is a blank
         labels   1234 3412 2143 4321    the digits of the solution, clues included
 
     Rating: the tentative placements of `solve`, which proves that there is one solution; 0 means
@@ -594,9 +594,7 @@ class Sudoku(Task):
         bits = np.array([(1 << self.side) - 1] + [1 << d for d in range(self.side)], np.uint16)
         found, solution, _ = solve(bits[x].T, self.box)
 
-        # a search may end with more than the two solutions that it looked for
-        names = np.array(["no solution", "", "several solutions"], object)
-        reasons = names[found.clip(max=2)]
+        reasons = np.array(["no solution", "", "several solutions"], object)[found]
         reasons[(x == 0).all(1)] = "no clues"
         return self.digits(solution), reasons
 
