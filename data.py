@@ -231,10 +231,10 @@ class PrefixSums(Task):
     one loop moves information 2 places, so L bits need about L / 2 loops: more than training ever
     used as soon as the test strings are longer.
 
-    Why a start token? Without it (positions "relative", as in the paper) the
-    model must find the edge by itself, and windows that shift inwards hide it: in a string that
-    begins with five or more ones the first tokens see five equal neighbours, as they would in the
-    middle of a run, and softmax weights sum to 1, so position does not show.
+    Why a start token? Without it (positions "relative", as in the paper) the model must find the
+    edge by itself, and windows that shift inwards hide it: in a string that begins with five or
+    more ones the first tokens see five equal neighbours, as they would in the middle of a run, and
+    softmax weights sum to 1, so position does not show.
 
     Rating: the number of bits.
     """
@@ -729,9 +729,8 @@ def solutions(board, depth):
 
 
 def loses(board, depth, refutations):
-    """Is there a mate in `depth` after every reply, and at least one reply? A reply that shows
-    the contrary is added to refutations."""
-    # what refuted earlier moves often refutes this one
+    """Is there a mate in `depth` after every reply, of which there is at least one?"""
+    # what refuted earlier moves often refutes this one, so such replies are remembered
     replies = sorted(board.legal_moves, key=refutations.__contains__, reverse=True)
     for reply in replies:
         board.push(reply)
@@ -763,8 +762,7 @@ def game(rng):
 
 
 def placement(rng):
-    """Yield one position, if legal: on random squares 7 to 11 pieces of White's, 3 to 9 of Black's.
-    """
+    """Yield one position, if legal: up to 11 pieces of White's and 9 of Black's, anywhere."""
     army = [chess.PAWN] * 8 + [chess.KNIGHT, chess.BISHOP, chess.ROOK] * 2 + [chess.QUEEN]
     board = chess.Board(None)
     squares = rng.sample(chess.SQUARES, 20)
@@ -889,8 +887,7 @@ class Chess(Task):
         return self.board(x).fen()
 
     def answers(self, x, y):
-        """The marked squares only: (N) is left, [.] is reached; with marks "squares" (N) and (.).
-        """
+        """The marked squares only: (N) is left, [.] is reached; (N) and (.) with "squares"."""
         frames = {1: "({})", 2: "[{}]"}
         return {i: frames[y[i]].format(self.symbols[x[i]]) for i in np.flatnonzero(y).tolist()}
 
@@ -955,6 +952,7 @@ TASKS = {
 
 # --------------------------------------------------------------------------------------------------
 # splits
+
 
 def home(level, key, role="both"):
     """The rule: the split of a puzzle, by its level and its key alone.
