@@ -751,6 +751,12 @@ def axes_figure(raw, out):
     save_figure(figure, out / "axes.png")
 
 
+def plain_ticks(axis, values):
+    """Numbers instead of powers of ten on an axis with a log scale."""
+    axis.set_ticks(values, [str(value) for value in values])
+    axis.set_ticks([], minor=True)
+
+
 def halting_figure(out):
     """Harder puzzles take more loops: strings by their length, boards by their rating."""
     import torch
@@ -774,6 +780,8 @@ def halting_figure(out):
         ylabel="loops until converged",
         title="prefix sums, 16 strings each",
     )
+    plain_ticks(left.xaxis, (16, 64, 256, 1024))
+    plain_ticks(left.yaxis, (16, 64, 256))
     left.legend(frameon=False, fontsize=8)
 
     model, cfg = looped.load(ASSETS / "sudoku9.pt")
@@ -796,14 +804,15 @@ def halting_figure(out):
         boxes.append(found[1].numpy()[some])
         names.append(f"{name}\n{found[2].numpy()[some].mean():.0%}")
     right.boxplot(boxes, showfliers=False, medianprops={"color": ORANGE})
-    right.axvspan(0.5, 3.5, color="0.93", zorder=0, label="ratings in training")
+    right.axvspan(0.5, 3.5, color="0.93", zorder=0)
+    right.text(0.6, 470, "ratings in training", color="0.4", fontsize=8.5)
     right.set(
         yscale="log",
         title=f"sudoku 9x9, {len(x)} boards",
-        xlabel="placements a search tries; share converged in 512 loops",
+        xlabel="placements a search tries\n(% that converge in 512 loops)",
     )
     right.set_xticks(range(1, 1 + len(names)), names)
-    right.legend(frameon=False, fontsize=8)
+    plain_ticks(right.yaxis, (64, 128, 256, 512))
     save_figure(figure, out / "halting.png")
 
 
