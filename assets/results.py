@@ -342,13 +342,23 @@ def harm_table(raw, *patterns):
 # ----------------------------------------------------------------------------
 # tables of measurements in float64, of claims, of halting, of speed
 
-AXES = {  # what theory.py --ckpt --json calls it: how it is shown, and how it is written
+AXES = {  # what theory.py called it at first: how it is shown, and how it is written
     "1 share": ("converged", ".0%"),
     "1 |h_K|": ("norm ratio", ".3g"),
     "3 distinct": ("distinct limits", ".0f"),
     "2 rho(J*)": ("rho(J*)", ".2f"),
     "3 |dh_k": ("dh/de, last", ".2g"),
     "4 input": ("input swapped: off the new limit", ".0e"),
+}
+
+
+NEW_NAMES = {  # and what it has called the same since the raw files of the first version
+    "1 share": "converged",
+    "1 |h_K|": "norm_ratio",
+    "3 distinct": "distinct",
+    "2 rho(J*)": "rho",
+    "3 |dh_k": "sensitivity_30_100_500",
+    "4 input": "swapped_to_new",
 }
 
 
@@ -360,13 +370,17 @@ def read_axes(raw, file):
         axes = found.setdefault(re.sub(r"-?seed\d+$", "", name), {"runs": []})
         axes["runs"].append(name)
         for start in AXES:
-            values = next(value for key, value in record.items() if key.startswith(start))
-            number = values[0]
-            if start.startswith("2"):
+            new = NEW_NAMES[start]
+            values = next(
+                value
+                for key, value in record.items()
+                if key == new or key.startswith(start)
+            )
+            values = np.atleast_1d(values)
+            number = values[-1] if start == "3 |dh_k" else values[0]  # at the largest k
+            if start == "2 rho(J*)":
                 number = max(values)  # of three inputs
-            if start.startswith("3 |"):
-                number = values[-1]  # at the largest k
-            axes.setdefault(start, []).append(number)
+            axes.setdefault(start, []).append(float(number))
     return found
 
 
