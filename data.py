@@ -221,16 +221,20 @@ HARD_SIXTEENTH = 2      # if both levels have one length: the strings that are h
 
 @dataclass(frozen=True)
 class PrefixSums(Task):
-    """bits 1101 -> tokens 2 1 1 0 1 -> labels 0 1 0 0 1: y_i = (x_1 + ... + x_i) mod 2.
+    """The parity of the bits so far. For 4 bits:
+
+        puzzle   1 1 0 1
+        tokens   2 1 1 0 1      a start token, then the bits
+        labels   0 1 0 0 1      y_i = (x_1 + ... + x_i) mod 2, and 0 at the start token
 
     The last label needs the first bit, however long the string. With the paper's window of 5 tokens
     one loop moves information 2 places, so L bits need about L / 2 loops: more than training ever
     used as soon as the test strings are longer.
 
-    A start token comes first (label 0). Without it (positions "relative", as in the paper) the
-    model must find the edge by itself, and windows that shift inwards hide it: in a string that
-    begins with five or more ones the first tokens see five equal neighbours, as they would in the
-    middle of a run, and softmax weights sum to 1, so position does not show.
+    Why a start token? Without it (positions "relative", as in the paper) the model must find the
+    edge by itself, and windows that shift inwards hide it: in a string that begins with five or
+    more ones the first tokens see five equal neighbours, as they would in the middle of a run, and
+    softmax weights sum to 1, so position does not show.
 
     Rating: the number of bits.
     """
@@ -427,7 +431,7 @@ def solve(cand, box, limit=2, width=256):
         order = order[found[owner[order]] < limit]
         cand = cand.take(order, 1)
         owner = owner[order]
-    return found, solution, tried
+    return found.clip(max=limit), solution, tried
 
 
 def solved_grids(rng, N, box):
@@ -511,11 +515,15 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Sudoku(Task):
-    """a row .2..41 of a 6x6 board -> tokens 0 2 0 0 4 1 -> labels 6 2 5 3 4 1, its digits.
+    """Every digit once in each row, column and box. For side 4, row by row:
 
-    Tokens: 0 (blank) and 1..side, row by row; labels: the digit of every cell, also of the clues.
-    Rating: the tentative placements of `solve`; 0 means that naked and hidden singles suffice.
-    Puzzles are minimal, every clue is needed (but see SIDES for 4x4).
+        puzzle   1.3. .4.. 2..3 ..2.
+        tokens   1030 0400 2003 0020    0 is a blank
+        labels   1234 3412 2143 4321    the digits of the solution, clues included
+
+    Rating: the tentative placements of `solve`, which proves that there is one solution; 0 means
+    that naked and hidden singles suffice. Puzzles are minimal, every clue is needed, and no two of
+    a data set share a solution (but see SIDES for side 4).
     """
 
     side: int = 9
@@ -631,12 +639,10 @@ class Sudoku(Task):
         cell, digit = self.symmetry(len(x), x.device, generator)
         x2 = digit.gather(1, x.gather(1, cell).long()).to(x.dtype)
 
-        import torch
-
         def undo(y2):
-            # the image's cell i was cell[i]: digits back first, then cells
+            # first the digits, then the cells: cell i of the image was cell[i]
             y = digit.argsort(-1).gather(1, y2.long()).to(y2.dtype)
-            return torch.empty_like(y).scatter(1, cell, y)
+            return y.scatter(1, cell, y)
 
         return x2, undo
 
@@ -723,9 +729,8 @@ def solutions(board, depth):
 
 
 def loses(board, depth, refutations):
-    """Is there a mate in `depth` after every reply, and at least one reply? A reply that shows
-    the contrary is added to refutations."""
-    # what refuted earlier moves often refutes this one
+    """Is there a mate in `depth` after every reply, of which there is at least one?"""
+    # what refuted earlier moves often refutes this one, so such replies are remembered
     replies = sorted(board.legal_moves, key=refutations.__contains__, reverse=True)
     for reply in replies:
         board.push(reply)
@@ -757,8 +762,7 @@ def game(rng):
 
 
 def placement(rng):
-    """Yield one position, if legal: on random squares 7 to 11 pieces of White's, 3 to 9 of Black's.
-    """
+    """Yield one position, if legal: up to 11 pieces of White's and 9 of Black's, anywhere."""
     army = [chess.PAWN] * 8 + [chess.KNIGHT, chess.BISHOP, chess.ROOK] * 2 + [chess.QUEEN]
     board = chess.Board(None)
     squares = rng.sample(chess.SQUARES, 20)
@@ -791,12 +795,12 @@ def flip(board):
 
 def encode(board):
     """-> tokens x [64], as the side to move sees the board."""
-    planes = [board.pawns, board.knights, board.bishops, board.rooks, board.queens, board.kings]
-    planes.append(board.occupied_co[not board.turn])
-    octets = np.array(planes, "<u8").view(np.uint8)
-    bits = np.unpackbits(octets, bitorder="little").reshape(7, 64)
-    x = np.array([1, 2, 3, 4, 5, 6, 6]) @ bits
-    return x[np.arange(64) ^ flip(board)].astype(np.uint8)
+    x = np.zeros(64, np.uint8)
+    view = flip(board)
+    for square, piece in board.piece_map().items():
+        own = piece.color == board.turn
+        x[square ^ view] = piece.piece_type if own else piece.piece_type + 6
+    return x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -805,17 +809,20 @@ def encode(board):
 
 @dataclass(frozen=True)
 class Chess(Task):
-    """a white king on e1, a black rook on e3, d2 empty; Kd2 to find
-    -> tokens x[4] = 6, x[20] = 10, x[11] = 0 -> labels y[4] = 1 (from), y[11] = 2 (to), else 0.
+    """The one move that mates, in one move or in two. Here the queen mates on g7:
 
-    Tokens: 0 empty, 1-6 own pawn, knight, bishop, rook, queen, king, 7-12 the opponent's; from
-    a1, b1 on. Labels with marks "from_to": 1 on the square the move to find leaves, 2 on the one it
-    reaches, 0 elsewhere; with "squares", as in the paper, 1 on both.
+        puzzle   7k/8/5KQ1/8/8/8/8/8 w - - 0 1
+        tokens   6 on f6, 5 on g6, 12 on h8, 0 elsewhere
+        labels   1 on g6, which the move leaves, 2 on g7, which it reaches, 0 elsewhere
+
+    Tokens: 0 empty, 1-6 own pawn, knight, bishop, rook, queen, king, 7-12 the opponent's; squares
+    in the order a1, b1, ... h8. With marks "squares", as in the paper, both squares have label 1.
 
     The side to move plays upwards, and the board is mirrored if its king is on files a to d. Not
     encoded: colour, castling and en passant rights (generated positions have none), the piece of a
-    promotion. Twenty mates in one (half from random games, half random placements) come with one
-    mate in two (placements), all with one solving pair of squares. Rating: the depth of the mate.
+    promotion. Forty mates in one (half from random games, half random placements) come with two
+    mates in two (placements), which take as long to find; all have one solving pair of squares.
+    Rating: the depth of the mate.
     """
 
     marks: str = "from_to"
@@ -880,8 +887,7 @@ class Chess(Task):
         return self.board(x).fen()
 
     def answers(self, x, y):
-        """The marked squares only: (N) is left, [.] is reached; with marks "squares" (N) and (.).
-        """
+        """The marked squares only: (N) is left, [.] is reached; (N) and (.) with "squares"."""
         frames = {1: "({})", 2: "[{}]"}
         return {i: frames[y[i]].format(self.symbols[x[i]]) for i in np.flatnonzero(y).tolist()}
 
@@ -947,6 +953,7 @@ TASKS = {
 # --------------------------------------------------------------------------------------------------
 # splits
 
+
 def home(level, key, role="both"):
     """The rule: the split of a puzzle, by its level and its key alone.
 
@@ -972,7 +979,7 @@ class Sorter:
         self.need = need
         self.seen = set()
         self.parts = {split: [] for split in need}
-        self.count = dict.fromkeys(need, 0)
+        self.count = dict.fromkeys(need, 0)     # all that have come, also those not needed
 
     def add(self, puzzles, levels, role="both"):
         """levels: "easy", "hard" or None for each of the puzzles."""
@@ -984,8 +991,10 @@ class Sorter:
                 continue
             self.seen.add(content)
             split = home(level, key, role)
-            if split and self.count[split] < self.need[split]:
-                self.count[split] += 1
+            if split is None:
+                continue
+            self.count[split] += 1
+            if self.count[split] <= self.need[split]:
                 chosen[split].append(i)
         for split, rows in chosen.items():
             if rows:
@@ -995,9 +1004,16 @@ class Sorter:
         """The splits that need more puzzles."""
         return [split for split in self.need if self.count[split] < self.need[split]]
 
-    def refuse(self, split, source):
-        raise DataError(f"{self.need[split]:,} puzzles for the split {split!r}: {source} has only "
-                        f"{self.count[split]:,} different ones")
+    def report(self, report):
+        kept = sum(min(self.count[split], n) for split, n in self.need.items())
+        report(kept, sum(self.need.values()))
+
+    def refuse(self, source):
+        """There will be no more: say what was asked for and what there is."""
+        split = self.short()[0]
+        there = ", ".join(f"{n:,} {name}" for name, n in self.count.items())
+        raise DataError(f"{self.need[split]:,} {split} puzzles asked for, but {source} has only "
+                        f"{there}")
 
     def splits(self):
         nothing = np.zeros((0, np.prod(self.task.grid)), np.uint8)
@@ -1018,11 +1034,12 @@ def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cac
     6x6 sudoku no solution either. DataError says what is impossible.
     """
     need = {"train": n_train, "val": n_val, "easy": n_test, "hard": n_hard}
-    for option, n in {"seed": seed, **need}.items():
+    numbers = {"seed": seed, "n_train": n_train, "n_val": n_val, "n_test": n_test, "n_hard": n_hard}
+    for option, n in numbers.items():
         if n < 0:
-            raise DataError(f"{option} {n}: must be at least 0")
+            raise DataError(f"--{option} {n}: must be at least 0")
     if path is not None:
-        return from_files(task, path, need, Path(cache))
+        return from_files(task, path, need)
     return make(task, seed, need, Path(cache))
 
 
@@ -1037,35 +1054,38 @@ def first(task, seed, level="hard", cache="out/cache"):
     return puzzles.x[0], puzzles.y[0]
 
 
-def levels_of(task, sets, path=None):
-    """{"easy": phrase, "hard": phrase}, truthful also for the puzzles `sets` of a file."""
+def levels(task, path=None):
+    """-> {"easy": phrase, "hard": phrase}, what they mean; for files that depends on the file."""
     if path is None:
         return task.levels
-    phrases = {}
-    for level in ("easy", "hard"):
-        ratings = sets[level].rating
-        phrases[level] = f"rated {ratings.min()} to {ratings.max()}" if len(ratings) else "none"
-    return phrases
+    name = path.split(",")[0]
+    cut, top = file_limits(task, name)
+    return {"easy": f"rated below {cut} in {name}", "hard": f"rated {cut} to {top}"}
+
+
+PATIENCE = 50       # lots without a new puzzle for a short split, before we give up
 
 
 def make(task, seed, need, cache):
     """-> {split: Puzzles} from as many lots of the seed as it takes."""
     sorter = Sorter(task, need)
     report = progress(f"making {task.name}")
-    history = []
+    waited = 0
     with closing(lots(task, seed, cache)) as stream:
-        for lot in stream:
+        while sorter.short():
+            short = sorter.short()
+            before = [sorter.count[split] for split in short]
+            lot = next(stream)
             for level, puzzles in lot.items():
                 sorter.add(puzzles, [level] * len(puzzles))
-            if not sorter.short():
-                return sorter.splits()
+            sorter.report(report)
 
-            # twenty lots with hardly anything new: there is no more
-            history.append(dict(sorter.count))
-            for split in sorter.short():
-                if len(history) > 20 and history[-1][split] - history[-21][split] < 5:
-                    sorter.refuse(split, task.name)
-            report(sum(sorter.count.values()), sum(need.values()))
+            # of 4-bit strings, for one, there are only 16
+            brought_some = [sorter.count[split] for split in short] != before
+            waited = 0 if brought_some else waited + 1
+            if waited == PATIENCE:
+                sorter.refuse(task.name)
+    return sorter.splits()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1278,14 +1298,14 @@ def file_limits(task, path):
     if not len(ratings):
         raise DataError(f"{path}: no rows")
 
-    # above the lowest rating, which is always easy
-    cut = np.quantile(ratings, 0.8)
+    # the hardest fifth, but the lowest rating is always easy
+    cut = int(np.ceil(np.quantile(ratings, 0.8)))
     if cut == ratings.min():
-        cut = ratings[ratings > cut].min(initial=ratings.max() + 1)
+        cut += 1
     return cut, ratings.max()
 
 
-def from_files(task, path, need, cache):
+def from_files(task, path, need):
     """FILE or TRAIN,TEST -> {split: Puzzles}; of two files the second serves for both tests."""
     paths = path.split(",")
     if not task.columns:
@@ -1293,40 +1313,22 @@ def from_files(task, path, need, cache):
     if len(paths) > 2 or "" in paths:
         raise DataError(f"--files {path!r}: must be FILE or TRAIN,TEST")
 
-    # the cache is for these contents, options and counts
-    digest = hashlib.sha256(repr((task, need, CODE)).encode())
-    for p in paths:
-        try:
-            with open(p, "rb") as file:
-                for block in iter(partial(file.read, 1 << 20), b""):
-                    digest.update(block)
-        except OSError as error:
-            raise DataError(f"--files {p}: {error.strerror}") from None
-    kept = cache / f"{task.name}-{Path(paths[0]).name}-{digest.hexdigest()[:16]}.npz"
-    found = load_cache(kept)
-    if not found:
-        found = sort_files(task, paths, need)
-        save_cache(kept, found)
-    return found
-
-
-def sort_files(task, paths, need):
-    """One or two files -> {split: Puzzles}."""
     cut, top = file_limits(task, paths[0])
     roles = ["both"] if len(paths) == 1 else ["train", "test"]
     sorter = Sorter(task, need)
-    for path, role in zip(paths, roles, strict=True):
-        report = progress(f"reading {path}")
-        for puzzles in read_puzzles(task, path):
+    report = progress(f"reading {path}")
+    for name, role in zip(paths, roles, strict=True):
+        for puzzles in read_puzzles(task, name):
             levels = np.where(puzzles.rating < cut, "easy", "hard").astype(object)
             levels[puzzles.rating > top] = None
             sorter.add(puzzles, levels, role)
-            report(sum(sorter.count.values()), sum(need.values()))
+            sorter.report(report)
+
             # the first of two files is read to its end: no test puzzle may occur anywhere in it
             if role != "train" and not sorter.short():
                 return sorter.splits()
     if sorter.short():
-        sorter.refuse(sorter.short()[0], " and ".join(paths))
+        sorter.refuse(path)
     return sorter.splits()
 
 
@@ -1357,17 +1359,7 @@ def parse(argv):
     group = parser.add_argument_group(f"options of {task.name}")
     for f in fields(task):
         group.add_argument(f"--{f.name}", type=f.type, default=f.default)
-    args, unknown = parser.parse_known_args(argv)
-
-    # an option of another task is refused, never ignored
-    for word in unknown:
-        for other in TASKS.values():
-            for f in fields(other):
-                if word.split("=")[0] == f"--{f.name}":
-                    parser.error(f"--{f.name} is an option of {other.name}, not of {task.name}")
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-
+    args = parser.parse_args(argv)
     options = {f.name: getattr(args, f.name) for f in fields(task)}
     try:
         return parser, args, replace(task, **options)
@@ -1387,14 +1379,9 @@ def print_puzzles(task, args):
     sys.stdout.flush()
 
 
-def interrupt(signum, frame):
-    """SIGTERM is treated as Ctrl-C: what was made is kept."""
-    raise KeyboardInterrupt
-
-
 def main(argv=None):
     parser, args, task = parse(argv)
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print_puzzles(task, args)
     except DataError as error:

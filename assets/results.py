@@ -157,8 +157,18 @@ def markdown(head, rows):
 
 def runs_table(raw, *patterns):
     """Accuracy at the largest loop count, a row for each group of seeds."""
-    head = ["run", "seeds", "puzzles a seed, easy, hard", "easy", "hard", "hard, each seed",
-            "hard, all seeds", "residual", "norm ratio", "minutes"]
+    head = [
+        "run",
+        "seeds",
+        "puzzles a seed, easy, hard",
+        "easy",
+        "hard",
+        "hard, each seed",
+        "hard, all seeds",
+        "residual",
+        "norm ratio",
+        "minutes",
+    ]
     rows = []
     for name, runs in find_groups(raw, patterns).items():
         easy = [run.exact("easy") for run in runs]
@@ -166,15 +176,34 @@ def runs_table(raw, *patterns):
         residual = np.median([run.last("hard")["residual"] for run in runs])
         ratio = np.median([run.last("hard")["norm_ratio"] for run in runs])
         minutes = np.mean([run.result["minutes"] for run in runs])
-        rows.append([name, len(runs), f"{sizes(runs, 'easy')}, {sizes(runs, 'hard')}",
-                     spread(easy), spread(hard), each(hard), pooled(runs, "hard"),
-                     f"{residual:.0e}", f"{ratio:.3g}", f"{minutes:.1f}"])
+        rows.append(
+            [
+                name,
+                len(runs),
+                f"{sizes(runs, 'easy')}, {sizes(runs, 'hard')}",
+                spread(easy),
+                spread(hard),
+                each(hard),
+                pooled(runs, "hard"),
+                f"{residual:.0e}",
+                f"{ratio:.3g}",
+                f"{minutes:.1f}",
+            ]
+        )
     return markdown(head, rows)
 
 
 def front_table(raw, *patterns):
     """The same for the front page: task and variant in words, and less of the rest."""
-    head = ["task", "recall, norm", "seeds", "easy", "hard", "hard, all seeds", "training, minutes"]
+    head = [
+        "task",
+        "recall, norm",
+        "seeds",
+        "easy",
+        "hard",
+        "hard, all seeds",
+        "training, minutes",
+    ]
     rows = []
     for runs in find_groups(raw, patterns).values():
         config = runs[0].result["config"]
@@ -184,10 +213,17 @@ def front_table(raw, *patterns):
         elif task == "sudoku":
             task = f"sudoku {config['side']}x{config['side']}"
         minutes = [run.result["minutes"] for run in runs]
-        rows.append([task, f"{config['recall']}, {config['norm']}", len(runs),
-                     spread([run.exact("easy") for run in runs]),
-                     spread([run.exact("hard") for run in runs]),
-                     pooled(runs, "hard"), spread(minutes, ".1f")])
+        rows.append(
+            [
+                task,
+                f"{config['recall']}, {config['norm']}",
+                len(runs),
+                spread([run.exact("easy") for run in runs]),
+                spread([run.exact("hard") for run in runs]),
+                pooled(runs, "hard"),
+                spread(minutes, ".1f"),
+            ]
+        )
     return markdown(head, rows)
 
 
@@ -200,8 +236,11 @@ def loops_table(raw, *patterns):
         for level in LEVELS:
             row = [f"{name}, {level}", f"{len(runs)} x {sizes(runs, level)}"]
             for t in sorted(counts):
-                values = [run.result[level][str(t)]["exact"] for run in runs
-                          if str(t) in run.result[level]]
+                values = [
+                    run.result[level][str(t)]["exact"]
+                    for run in runs
+                    if str(t) in run.result[level]
+                ]
                 row.append(f"{np.mean(values):.3f}" if values else "")
             rows.append(row)
     return markdown(["loops", "seeds x puzzles", *sorted(counts)], rows)
@@ -214,14 +253,33 @@ def seeds_table(raw, *patterns):
         for run in runs:
             before, last = sorted(run.result["hard"], key=int)[-2:]
             exact, converged, loops, n = run.halting("hard")
-            rows.append([f"{name} {run.seed}", run.n("hard"),
-                         f"{run.result['hard'][before]['exact']:.3f} at {before}",
-                         f"{run.exact('hard'):.3f} at {last}",
-                         f"{run.last('hard')['residual']:.0e}",
-                         f"{run.last('hard')['residual2']:.0e}",
-                         f"{converged:.0%} of {n}", f"{loops:.0f}", f"{exact:.3f}"])
-    return markdown(["seed", "hard puzzles", "exact", "exact", "residual", "over two loops",
-                     "converged by itself", "after loops", "exact then"], rows)
+            rows.append(
+                [
+                    f"{name} {run.seed}",
+                    run.n("hard"),
+                    f"{run.result['hard'][before]['exact']:.3f} at {before}",
+                    f"{run.exact('hard'):.3f} at {last}",
+                    f"{run.last('hard')['residual']:.0e}",
+                    f"{run.last('hard')['residual2']:.0e}",
+                    f"{converged:.0%} of {n}",
+                    f"{loops:.0f}",
+                    f"{exact:.3f}",
+                ]
+            )
+    return markdown(
+        [
+            "seed",
+            "hard puzzles",
+            "exact",
+            "exact",
+            "residual",
+            "over two loops",
+            "converged by itself",
+            "after loops",
+            "exact then",
+        ],
+        rows,
+    )
 
 
 def validation_table(raw, *patterns):
@@ -251,8 +309,13 @@ def pairs_table(raw, pattern, first, second):
     gaps = [hard[0][seed] - hard[1][seed] for seed in seeds]
     t = STUDENT[len(seeds) - 2] if len(seeds) < 12 else 2.23
     half = t * np.std(gaps, ddof=1) / math.sqrt(len(seeds))
-    row = [f"{first} - {second}", len(seeds), sizes(groups[first], "hard"), each(gaps, "+.3f"),
-           f"{np.mean(gaps):+.3f} [{np.mean(gaps) - half:+.3f}, {np.mean(gaps) + half:+.3f}]"]
+    row = [
+        f"{first} - {second}",
+        len(seeds),
+        sizes(groups[first], "hard"),
+        each(gaps, "+.3f"),
+        f"{np.mean(gaps):+.3f} [{np.mean(gaps) - half:+.3f}, {np.mean(gaps) + half:+.3f}]",
+    ]
     return markdown(["hard", "paired seeds", "puzzles a seed", "each", "mean difference"], [row])
 
 
@@ -264,22 +327,38 @@ def harm_table(raw, *patterns):
             counts = sorted(runs[0].result[level], key=int)
             means = [np.mean([run.result[level][t]["exact"] for run in runs]) for t in counts]
             best = int(np.argmax(means))
-            rows.append([f"{name}, {level}", f"{len(runs)} x {sizes(runs, level)}",
-                         f"{means[best]:.3f} at {counts[best]}", f"{means[-1]:.3f} at {counts[-1]}",
-                         f"{means[-1] - means[best]:+.3f}"])
+            rows.append(
+                [
+                    f"{name}, {level}",
+                    f"{len(runs)} x {sizes(runs, level)}",
+                    f"{means[best]:.3f} at {counts[best]}",
+                    f"{means[-1]:.3f} at {counts[-1]}",
+                    f"{means[-1] - means[best]:+.3f}",
+                ]
+            )
     return markdown(["run", "seeds x puzzles", "best", "last", "lost since"], rows)
 
 
 # ----------------------------------------------------------------------------
 # tables of measurements in float64, of claims, of halting, of speed
 
-AXES = {  # what theory.py --ckpt --json calls it: how it is shown, and how it is written
+AXES = {  # what theory.py called it at first: how it is shown, and how it is written
     "1 share": ("converged", ".0%"),
     "1 |h_K|": ("norm ratio", ".3g"),
     "3 distinct": ("distinct limits", ".0f"),
     "2 rho(J*)": ("rho(J*)", ".2f"),
     "3 |dh_k": ("dh/de, last", ".2g"),
     "4 input": ("input swapped: off the new limit", ".0e"),
+}
+
+
+NEW_NAMES = {  # and what it has called the same since the raw files of the first version
+    "1 share": "converged",
+    "1 |h_K|": "norm_ratio",
+    "3 distinct": "distinct",
+    "2 rho(J*)": "rho",
+    "3 |dh_k": "sensitivity_30_100_500",
+    "4 input": "swapped_to_new",
 }
 
 
@@ -291,13 +370,17 @@ def read_axes(raw, file):
         axes = found.setdefault(re.sub(r"-?seed\d+$", "", name), {"runs": []})
         axes["runs"].append(name)
         for start in AXES:
-            values = next(value for key, value in record.items() if key.startswith(start))
-            number = values[0]
-            if start.startswith("2"):
-                number = max(values)        # of three inputs
-            if start.startswith("3 |"):
-                number = values[-1]         # at the largest k
-            axes.setdefault(start, []).append(number)
+            new = NEW_NAMES[start]
+            values = next(
+                value
+                for key, value in record.items()
+                if key == new or key.startswith(start)
+            )
+            values = np.atleast_1d(values)
+            number = values[-1] if start == "3 |dh_k" else values[0]  # at the largest k
+            if start == "2 rho(J*)":
+                number = max(values)  # of three inputs
+            axes.setdefault(start, []).append(float(number))
     return found
 
 
@@ -350,8 +433,14 @@ def rank_table(raw, file, folder, draws=1000):
             drawn.append(spearman(*(np.concatenate(parts) for parts in zip(*some, strict=True))))
             shuffled.append(abs(spearman(values, random.permutation(exact))))
         low, high = np.quantile(drawn, (0.025, 0.975))
-        rows.append([title, len(exact), f"{spearman(values, exact):+.2f} [{low:+.2f}, {high:+.2f}]",
-                     f"{np.quantile(shuffled, 0.975):.2f}"])
+        rows.append(
+            [
+                title,
+                len(exact),
+                f"{spearman(values, exact):+.2f} [{low:+.2f}, {high:+.2f}]",
+                f"{np.quantile(shuffled, 0.975):.2f}",
+            ]
+        )
     return markdown(["axis", "runs", "rank correlation with hard accuracy", "shuffled"], rows)
 
 
@@ -371,10 +460,18 @@ def damping_table(raw, file, boards="256"):
     """Halting with damped loops."""
     rows = []
     for name, found in sorted(read_json(raw / file).items()):
-        rows.append([name, f"{found['solved']} of {boards}", found["rest"], found["right_at_rest"],
-                     f"{found['loops']:.0f}"])
-    return markdown(["recall, level, damping", "solved", "converged", "of those solved",
-                     "loops, mean"], rows)
+        rows.append(
+            [
+                name,
+                f"{found['solved']} of {boards}",
+                found["rest"],
+                found["right_at_rest"],
+                f"{found['loops']:.0f}",
+            ]
+        )
+    return markdown(
+        ["recall, level, damping", "solved", "converged", "of those solved", "loops, mean"], rows
+    )
 
 
 def tries_table(raw, *files):
@@ -389,8 +486,9 @@ def tries_table(raw, *files):
             elif " tries " in line:
                 tries, solved, converged, right = numbers
                 boards = line.split(f" {tries} tries")[0]
-                rows.append([f"{Path(file).stem}, {boards}", tries, f"{solved} of 256", converged,
-                             right])
+                rows.append(
+                    [f"{Path(file).stem}, {boards}", tries, f"{solved} of 256", converged, right]
+                )
     rows = [row for row in rows if row[1] in ("1", "2", "5", "10")]
     return markdown(["boards", "tries", "solved", "converged", "of those solved"], rows)
 
@@ -408,11 +506,21 @@ def speed_table(raw, folder):
     return markdown(["run", "batch", "tokens", "ms a step", "token-loops a second"], rows)
 
 
-TABLES = {"runs": runs_table, "front": front_table, "loops": loops_table, "seeds": seeds_table,
-          "validation": validation_table,
-          "pairs": pairs_table, "harm": harm_table, "trained": trained_table, "rank": rank_table,
-          "theory": theory_table, "damping": damping_table, "tries": tries_table,
-          "speed": speed_table}
+TABLES = {
+    "runs": runs_table,
+    "front": front_table,
+    "loops": loops_table,
+    "seeds": seeds_table,
+    "validation": validation_table,
+    "pairs": pairs_table,
+    "harm": harm_table,
+    "trained": trained_table,
+    "rank": rank_table,
+    "theory": theory_table,
+    "damping": damping_table,
+    "tries": tries_table,
+    "speed": speed_table,
+}
 
 
 def make_table(raw, spec):
@@ -487,7 +595,7 @@ def check(raw, files):
 # ----------------------------------------------------------------------------
 # figures
 
-BLUE = "#0072B2"        # the colour-blind safe colours of Okabe and Ito
+BLUE = "#0072B2"  # the colour-blind safe colours of Okabe and Ito
 ORANGE = "#D55E00"
 GREEN = "#009E73"
 YELLOW = "#E69F00"
@@ -518,7 +626,8 @@ def mean_curve(runs, level):
     """-> loop counts, share solved as a mean over seeds."""
     counts = sorted(runs[0].result[level], key=int)
     return [int(t) for t in counts], [
-        np.mean([run.result[level][t]["exact"] for run in runs]) for t in counts]
+        np.mean([run.result[level][t]["exact"] for run in runs]) for t in counts
+    ]
 
 
 def loops_axis(axis, config, counts):
@@ -538,11 +647,20 @@ def curve(run):
     figure, ((axis,),) = new_figure(6, 3.6)
     for level, colour, mark in zip(LEVELS, (BLUE, ORANGE), "os", strict=True):
         counts, exact = mean_curve([found], level)
-        axis.plot(counts, exact, marker=mark, color=colour, markersize=4,
-                  label=f"{level}: {found.n(level)} puzzles")
+        axis.plot(
+            counts,
+            exact,
+            marker=mark,
+            color=colour,
+            markersize=4,
+            label=f"{level}: {found.n(level)} puzzles",
+        )
     loops_axis(axis, config, counts)
-    axis.set(ylabel="solved exactly", title=f"{config['task']}: {config['recall']} recall, "
-             f"{config['norm']} norm (shaded: loops in training)")
+    axis.set(
+        ylabel="solved exactly",
+        title=f"{config['task']}: {config['recall']} recall, "
+        f"{config['norm']} norm (shaded: loops in training)",
+    )
     axis.title.set_fontsize(10)
     axis.legend(frameon=False)
     save_figure(figure, run / "curve.png")
@@ -556,8 +674,15 @@ def direct_labels(axis, ends, gap=0.085):
         shift = gap * stacked.get(level, 0)
         stacked[level] = stacked.get(level, 0) + 1
         height = end - shift if end > 0.5 else end + shift
-        axis.text(1.0, height, text, color=colour, fontsize=9, va="center",
-                  transform=axis.get_yaxis_transform())
+        axis.text(
+            1.0,
+            height,
+            text,
+            color=colour,
+            fontsize=9,
+            va="center",
+            transform=axis.get_yaxis_transform(),
+        )
 
 
 def front_figure(raw, out):
@@ -578,8 +703,9 @@ def front_figure(raw, out):
         axis.set_title(f"{bits} bits", fontsize=10)
     axes[0, 0].text(1.2, 1.0, "loops in\ntraining", color="0.4", fontsize=8.5, va="top")
     axes[0, 0].set_ylabel("solved exactly")
-    axes[0, 1].text(1.2, 1.0, "solid: outer norm\ndashed: pre norm", color="0.4", fontsize=8.5,
-                    va="top")
+    axes[0, 1].text(
+        1.2, 1.0, "solid: outer norm\ndashed: pre norm", color="0.4", fontsize=8.5, va="top"
+    )
     direct_labels(axes[0, 1], ends)
     save_figure(figure, out / "curve.png")
 
@@ -590,14 +716,20 @@ def panels_figure(raw, pattern, path):
     columns = 3
     rows = math.ceil(len(groups) / columns)
     figure, axes = new_figure(8, 0.6 + 1.75 * rows, rows, columns, sharey=True, sharex=True)
-    for axis in axes.flat[len(groups):]:
+    for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
     for axis, (name, runs) in zip(axes.flat, groups.items(), strict=False):
         for level, colour in zip(LEVELS, (BLUE, ORANGE), strict=True):
             for run in runs:
                 counts, exact = mean_curve([run], level)
-                axis.plot(counts, exact, ".-", color=colour, linewidth=1,
-                          label=level if run is runs[0] else None)
+                axis.plot(
+                    counts,
+                    exact,
+                    ".-",
+                    color=colour,
+                    linewidth=1,
+                    label=level if run is runs[0] else None,
+                )
         axis.set_title(name, fontsize=9)
         loops_axis(axis, runs[0].result["config"], counts)
         axis.set_xlabel("")
@@ -617,13 +749,26 @@ def axes_figure(raw, out):
         recall, norm = name.split("-")
         hard = hard_of(raw, "variants", found["runs"])
         for axis, start in zip(axes[0], starts, strict=True):
-            axis.plot(found[start], hard, marks[norm], color=RECALLS[recall], alpha=0.75,
-                      markersize=5, label=f"{recall}, {norm}")
+            axis.plot(
+                found[start],
+                hard,
+                marks[norm],
+                color=RECALLS[recall],
+                alpha=0.75,
+                markersize=5,
+                label=f"{recall}, {norm}",
+            )
             axis.set_xlabel(AXES[start][0])
     axes[0, 2].set_xscale("log")
     axes[0, 0].set_ylabel("512 bits solved")
     axes[0, 2].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, out / "axes.png")
+
+
+def plain_ticks(axis, values):
+    """Numbers instead of powers of ten on an axis with a log scale."""
+    axis.set_ticks(values, [str(value) for value in values])
+    axis.set_ticks([], minor=True)
 
 
 def halting_figure(out):
@@ -642,8 +787,15 @@ def halting_figure(out):
         left.plot([bits] * 16, looped.solve(model, x)[1], ".", color=BLUE, markersize=4)
     left.plot((16, 1024), (8, 512), color="0.5", label="as fast as windows allow")
     left.axvline(cfg.bits, color="0.9", linewidth=6, zorder=0, label="length in training")
-    left.set(xscale="log", yscale="log", xlabel="bits", ylabel="loops until converged",
-             title="prefix sums, 16 strings each")
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="bits",
+        ylabel="loops until converged",
+        title="prefix sums, 16 strings each",
+    )
+    plain_ticks(left.xaxis, (16, 64, 256, 1024))
+    plain_ticks(left.yaxis, (16, 64, 256))
     left.legend(frameon=False, fontsize=8)
 
     model, cfg = looped.load(ASSETS / "sudoku9.pt")
@@ -651,8 +803,14 @@ def halting_figure(out):
     x = torch.as_tensor(np.concatenate([sets[level].x for level in LEVELS])).long()
     rating = np.concatenate([sets[level].rating for level in LEVELS])
     found = looped.solve(model, x, max_loops=512, damping=cfg.damping)
-    bands = {"0": (0, 0), "2": (2, 2), "4": (4, 4), "6-8": (6, 8), "10-14": (10, 14),
-             "16+": (16, 999)}
+    bands = {
+        "0": (0, 0),
+        "2": (2, 2),
+        "4": (4, 4),
+        "6-8": (6, 8),
+        "10-14": (10, 14),
+        "16+": (16, 999),
+    }
     boxes = []
     names = []
     for name, (low, high) in bands.items():
@@ -660,41 +818,67 @@ def halting_figure(out):
         boxes.append(found[1].numpy()[some])
         names.append(f"{name}\n{found[2].numpy()[some].mean():.0%}")
     right.boxplot(boxes, showfliers=False, medianprops={"color": ORANGE})
-    right.axvspan(0.5, 3.5, color="0.93", zorder=0, label="ratings in training")
-    right.set(yscale="log", title=f"sudoku 9x9, {len(x)} boards",
-              xlabel="placements a search tries; share converged in 512 loops")
+    right.axvspan(0.5, 3.5, color="0.93", zorder=0)
+    right.text(0.6, 470, "ratings in training", color="0.4", fontsize=8.5)
+    right.set(
+        yscale="log",
+        title=f"sudoku 9x9, {len(x)} boards",
+        xlabel="placements a search tries\n(% that converge in 512 loops)",
+    )
     right.set_xticks(range(1, 1 + len(names)), names)
-    right.legend(frameon=False, fontsize=8)
+    plain_ticks(right.yaxis, (64, 128, 256, 512))
     save_figure(figure, out / "halting.png")
 
 
-def theory_figures(out):
-    """regions, drift, staircase, spectrum: what theory.py claims, seen."""
+NORMS = {"pre": BLUE, "peri": YELLOW, "outer": GREEN, "sandwich": PINK}
+
+
+def regions_figure(out):
+    """Where a scalar loop reaches a fixed point, and where theory.py says that it does."""
     import torch
 
     import theory
 
-    norms = {"pre": BLUE, "peri": YELLOW, "outer": GREEN, "sandwich": PINK}
     side = torch.linspace(-4, 4, 160, dtype=torch.float64)
     y, x = (t.flatten() for t in torch.meshgrid(side, side, indexing="ij"))
     figure, axes = new_figure(7, 6.8, 2, 2, sharex=True, sharey=True)
     for row, norm in zip(axes, ("pre", "outer"), strict=True):
         for axis, recall in zip(row, ("internal", "external"), strict=True):
             a, b = theory.scalar_loop(recall, x, y)
-            axis.pcolormesh(side, side, theory.reached(a, b, norm, 0).view(160, 160),
-                            cmap="Blues", vmax=2, rasterized=True)
-            axis.contour(side, side, theory.settles(a, b, norm).view(160, 160), [0.5],
-                         colors=ORANGE, linewidths=1.2)
-            axis.set(title=f"{recall} recall, {'outer' if norm == 'outer' else 'no'} norm",
-                     aspect="equal")
+            axis.pcolormesh(
+                side,
+                side,
+                theory.reached(a, b, norm, 0).view(160, 160),
+                cmap="Blues",
+                vmax=2,
+                rasterized=True,
+            )
+            axis.contour(
+                side,
+                side,
+                theory.settles(a, b, norm).view(160, 160),
+                [0.5],
+                colors=ORANGE,
+                linewidths=1.2,
+            )
+            axis.set(
+                title=f"{recall} recall, {'outer' if norm == 'outer' else 'no'} norm",
+                aspect="equal",
+            )
     figure.supxlabel("state weight x")
     figure.supylabel("block weight y")
     figure.suptitle("blue: a fixed point is reached; orange: the predicted edge", fontsize=11)
     save_figure(figure, out / "regions.png")
 
+
+def drift_figure(out):
+    """The state and its residual in an untrained block, against loops."""
+    import theory
+
     figure, axes = new_figure(8.5, 5, 2, 3, sharex=True, sharey="row")
     for (top, low), recall in zip(axes.T, ("none", "external", "internal"), strict=True):
-        for norm, colour in norms.items():
+        for norm, colour in NORMS.items():
+            # h_1 ... h_401 of one input
             loop = theory.untrained(0, norm, recall, theory.LARGE, 1, theory.STRONG)
             h = theory.states(loop, range(1, 402))[:, 0]
             residual = (h[1:] - h[:-1]).norm(dim=-1) / h[:-1].norm(dim=-1)
@@ -708,14 +892,26 @@ def theory_figures(out):
     axes[0, 0].legend(frameon=False, fontsize=8)
     save_figure(figure, out / "drift.png")
 
+
+def staircase_figure(out):
+    """Limits along a path of inputs: steps without recall, smooth pieces with it."""
+    import theory
+
     figure, axes = new_figure(7, 3, 1, 2, sharey=True)
     for axis, recall, title in zip(axes[0], (0.0, 4.0), ("no recall", "recall"), strict=True):
         place, limit = theory.tanh_path(0, recall, 801, 4000)
-        for i, colour in enumerate(norms.values()):
+        for i, colour in enumerate(NORMS.values()):
             axis.plot(place, limit[:, i], ".", markersize=2, color=colour)
         axis.set(title=title, xlabel="place on a path of inputs")
     axes[0, 0].set_ylabel("limit, 4 coordinates")
     save_figure(figure, out / "staircase.png")
+
+
+def spectrum_figure(out):
+    """Eigenvalues of the Jacobian of untrained blocks after 1,000 loops."""
+    import torch
+
+    import theory
 
     names = ("pre + internal", "outer + none", "outer + external", "outer + internal")
     figure, axes = new_figure(8.5, 2.9, 1, len(names))
@@ -733,12 +929,17 @@ def theory_figures(out):
 
 def figures(raw, out, names):
     """Draw all figures, or those named."""
-    draw = {"curve": lambda: front_figure(raw, out),
-            "variants": lambda: panels_figure(raw, "variants/*", out / "variants.png"),
-            "sudoku6": lambda: panels_figure(raw, "grid6/*", out / "sudoku6.png"),
-            "axes": lambda: axes_figure(raw, out),
-            "theory": lambda: theory_figures(out),
-            "halting": lambda: halting_figure(out)}
+    draw = {
+        "curve": lambda: front_figure(raw, out),
+        "variants": lambda: panels_figure(raw, "variants/*", out / "variants.png"),
+        "sudoku6": lambda: panels_figure(raw, "grid6/*", out / "sudoku6.png"),
+        "axes": lambda: axes_figure(raw, out),
+        "regions": lambda: regions_figure(out),
+        "drift": lambda: drift_figure(out),
+        "staircase": lambda: staircase_figure(out),
+        "spectrum": lambda: spectrum_figure(out),
+        "halting": lambda: halting_figure(out),
+    }
     for name in names or draw:
         if name not in draw:
             raise ResultsError(f"figures {name}: one of {', '.join(draw)}")
@@ -782,11 +983,14 @@ class Canvas:
         self.pen.rectangle(corners, fill, outline, round(line * ZOOM))
 
     def line(self, points, fill, width=1.0):
-        self.pen.line([(x * ZOOM, y * ZOOM) for x, y in points], fill, round(width * ZOOM), "curve")
+        self.pen.line(
+            [(x * ZOOM, y * ZOOM) for x, y in points], fill, round(width * ZOOM), "curve"
+        )
 
     def text(self, x, y, text, size=14, fill=INK, anchor="lm", bold=0):
-        self.pen.text((x * ZOOM, y * ZOOM), text, fill, self.font(size * ZOOM), anchor,
-                      stroke_width=bold)
+        self.pen.text(
+            (x * ZOOM, y * ZOOM), text, fill, self.font(size * ZOOM), anchor, stroke_width=bold
+        )
 
 
 def loop_by_loop(model, x, tol, damping, limit):
@@ -817,25 +1021,22 @@ def save_movie(frames, times, path):
         strip.paste(frame, (0, i * frame.height))
     palette = strip.quantize(32, dither=Image.Dither.NONE)
     colours = np.array(palette.getpalette()).reshape(-1, 3)
-    colours[colours.min(1) >= 250] = 255        # white stays white
+    colours[colours.min(1) >= 250] = 255  # white stays white
     palette.putpalette(colours.flatten().tolist())
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)
-    small[0].save(path, save_all=True, append_images=small[1:], duration=times, loop=0,
-                  optimize=True)
+    small[0].save(
+        path, save_all=True, append_images=small[1:], duration=times, loop=0, optimize=True
+    )
     print(f"{path}: {len(frames)} frames, {path.stat().st_size / 1024:.0f} kB")
 
 
-def board_frame(x, y, answer, residuals, total, tol, converged):
-    """A board on the left, its residual up to now on the right."""
-    picture = Canvas(700, 400)
-    loop = len(residuals)
-    picture.text(20, 22, f"loop {loop}", 20, bold=1)
-    right = int(((answer == y) & (x == 0)).sum())
-    picture.text(344, 22, f"{right} of {int((x == 0).sum())} blanks right", 14, GREY, "rm")
+def draw_board(picture, x0, y0, x, y, answer):
+    """The board with what the model says now."""
     cell = 36
     for i in range(81):
-        left, top = 20 + cell * (i % 9), 48 + cell * (i // 9)
+        left = x0 + cell * (i % 9)
+        top = y0 + cell * (i // 9)
         middle = (left + cell / 2, top + cell / 2)
         if x[i]:
             picture.box(left, top, cell, cell, CLUE)
@@ -843,42 +1044,66 @@ def board_frame(x, y, answer, residuals, total, tol, converged):
         elif answer[i] == y[i]:
             picture.text(*middle, str(answer[i]), 22, BLUE, "mm", bold=1)
         else:
+            # not by colour alone: smaller, and in a box
             picture.box(left + 5, top + 5, cell - 10, cell - 10, PALE, ORANGE)
             picture.text(*middle, str(answer[i]), 15, ORANGE, "mm")
+    end = 9 * cell
     for i in range(10):
         width = 2 if i % 3 == 0 else 0.5
-        picture.line([(20, 48 + cell * i), (20 + 9 * cell, 48 + cell * i)], INK, width)
-        picture.line([(20 + cell * i, 48), (20 + cell * i, 48 + 9 * cell)], INK, width)
+        at = cell * i
+        picture.line([(x0, y0 + at), (x0 + end, y0 + at)], INK, width)
+        picture.line([(x0 + at, y0), (x0 + at, y0 + end)], INK, width)
 
-    x0, x1, top, bottom = 420, 680, 60, 270
-    high, low = 1, math.floor(math.log10(tol))
+
+def draw_residuals(picture, x0, x1, top, bottom, residuals, total, tol):
+    """The residual up to now on a log scale that ends where the loop counts as converged."""
+    high = 1
+    low = math.floor(math.log10(tol))
 
     def place(t, residual):
         share = (high - math.log10(residual)) / (high - low)
         return x0 + (x1 - x0) * t / total, top + (bottom - top) * min(1, share)
 
-    picture.text(x0 - 40, 22, "residual: how far the state moved", 14, GREY)
     for power in range(low, high + 1):
-        level = place(0, 10.0 ** power)[1]
+        level = place(0, 10.0**power)[1]
         picture.line([(x0, level), (x1, level)], CLUE, 0.5)
-        picture.text(x0 - 8, level, f"{10.0 ** power:g}", 12, GREY, "rm")
+        picture.text(x0 - 8, level, f"{10.0**power:g}", 12, GREY, "rm")
     picture.line([(x0, bottom), (x1, bottom)], GREY)
     for t in range(0, total + 1, 20):
         picture.text(place(t, 1)[0], bottom + 12, str(t), 12, GREY, "mm")
     picture.text(x1, bottom + 30, "loops", 12, GREY, "rm")
-    points = [place(t, residual) for t, residual in enumerate(residuals, 1)]
-    if loop > 1:
-        picture.line(points, BLUE, 1.5)
-    px, py = points[-1]
-    picture.box(px - 3, py - 3, 6, 6, BLUE)
-    if converged:
-        picture.text(x1, 46, f"converged after {loop} loops", 14, BLUE, "rm")
 
-    for i, (digit, meaning) in enumerate((("5", "given"), ("5", "right so far"), ("5", "not yet"))):
-        top = 318 + 26 * i
-        picture.box(x0 - 11, top - 11, 22, 22, (CLUE, None, PALE)[i], (None, None, ORANGE)[i])
-        picture.text(x0, top, digit, (16, 17, 13)[i], (INK, BLUE, ORANGE)[i], "mm", bold=int(i < 2))
-        picture.text(x0 + 22, top, meaning, 14)
+    points = [place(t, residual) for t, residual in enumerate(residuals, 1)]
+    if len(points) > 1:
+        picture.line(points, BLUE, 1.5)
+    x, y = points[-1]
+    picture.box(x - 3, y - 3, 6, 6, BLUE)
+
+
+def draw_legend(picture, x, y):
+    picture.box(x - 11, y - 11, 22, 22, CLUE)
+    picture.text(x, y, "5", 16, INK, "mm", bold=1)
+    picture.text(x + 22, y, "given")
+    picture.text(x, y + 26, "5", 17, BLUE, "mm", bold=1)
+    picture.text(x + 22, y + 26, "right so far")
+    picture.box(x - 11, y + 41, 22, 22, PALE, ORANGE)
+    picture.text(x, y + 52, "5", 13, ORANGE, "mm")
+    picture.text(x + 22, y + 52, "not yet")
+
+
+def board_frame(x, y, answer, residuals, total, tol, converged):
+    """A board on the left, its residual up to now on the right."""
+    picture = Canvas(700, 400)
+    blank = x == 0
+    right = int(((answer == y) & blank).sum())
+    picture.text(20, 22, f"loop {len(residuals)}", 20, bold=1)
+    picture.text(344, 22, f"{right} of {int(blank.sum())} blanks right", 14, GREY, "rm")
+    draw_board(picture, 20, 48, x, y, answer)
+    picture.text(380, 22, "residual: how far the state moved", 14, GREY)
+    draw_residuals(picture, 420, 680, 60, 270, residuals, total, tol)
+    if converged:
+        picture.text(680, 46, f"converged after {len(residuals)} loops", 14, BLUE, "rm")
+    draw_legend(picture, 420, 318)
     return picture.image
 
 
@@ -889,8 +1114,14 @@ def string_frame(x, y, answers, total, converged):
     cell, x0 = 10.5, 14
     front = len(y) if right.all() else int(np.argmin(right))
     picture.text(x0, 16, f"loop {len(answers)}", 20, bold=1)
-    picture.text(686, 16, f"right up to place {front}" + (": converged" if converged else ""), 14,
-                 BLUE, "rm")
+    picture.text(
+        686,
+        16,
+        f"right up to place {front}" + (": converged" if converged else ""),
+        14,
+        BLUE,
+        "rm",
+    )
     for i in range(len(x)):
         left = x0 + cell * i
         picture.box(left, 48, cell - 1, 18, CLUE)
@@ -899,12 +1130,24 @@ def string_frame(x, y, answers, total, converged):
             picture.box(left, 82, cell - 1, 18, BLUE)
         else:
             picture.box(left, 85, cell - 1, 12, PALE, ORANGE, 0.5)
-        picture.text(left + cell / 2 - 0.5, 91, str(answers[-1][i]), 10,
-                     "white" if right[i] else ORANGE, "mm")
+        picture.text(
+            left + cell / 2 - 0.5,
+            91,
+            str(answers[-1][i]),
+            10,
+            "white" if right[i] else ORANGE,
+            "mm",
+        )
     picture.text(x0, 40, "64 bits", 11, GREY)
     picture.text(x0, 74, "running parity: filled = right so far, small = not yet", 11, GREY)
-    picture.text(x0, 109, "every loop so far, one line each; black: two places a loop, as fast as "
-                 "a window of 5 allows", 11, GREY)
+    picture.text(
+        x0,
+        109,
+        "every loop so far, one line each; black: two places a loop, as fast as "
+        "a window of 5 allows",
+        11,
+        GREY,
+    )
     for t, answer in enumerate(answers):
         for i in range(len(x)):
             colour = BLUE if answer[i] == y[i] else PALE
@@ -929,24 +1172,36 @@ def movies(out):
         if converged:
             break
     if not converged:
-        raise ResultsError("assets/sudoku9.pt solves none of the boards of the movie in 150 loops")
+        raise ResultsError(
+            "assets/sudoku9.pt solves none of the boards of the movie in 150 loops"
+        )
     residuals = [residual for _, residual in found]
     frames = []
     for t, (answer, _) in enumerate(found, 1):
-        frames.append(board_frame(x, y, answer, residuals[:t], 10 * math.ceil(len(found) / 10),
-                                  cfg.tol, t == len(found)))
+        frames.append(
+            board_frame(
+                x,
+                y,
+                answer,
+                residuals[:t],
+                10 * math.ceil(len(found) / 10),
+                cfg.tol,
+                t == len(found),
+            )
+        )
     times = [400] * 6 + [120] * (len(frames) - 7) + [5000]
     save_movie(frames, times, out / "sudoku9.gif")
 
     model, cfg = looped.load(ASSETS / "prefix_sums.pt")
     x, y = model.task.parse(BITS)
     found = [answer for answer, _ in loop_by_loop(model, x, cfg.tol, 0.0, 150)]
-    start = len(x) - len(BITS)      # a start token, if there is one, is not shown
+    start = len(x) - len(BITS)  # a start token, if there is one, is not shown
     answers = [answer[start:] for answer in found]
     frames = []
     for t in range(1, len(answers) + 1):
-        frames.append(string_frame(x[start:], y[start:], answers[:t], len(answers),
-                                   t == len(answers)))
+        frames.append(
+            string_frame(x[start:], y[start:], answers[:t], len(answers), t == len(answers))
+        )
     save_movie(frames, [300] * (len(frames) - 1) + [5000], out / "prefix_sums.gif")
 
 
@@ -956,12 +1211,20 @@ def movies(out):
 
 def main(argv=None):
     """-> exit code: 0, 1 if check finds a difference, 2 for what cannot be done, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command",
-                        choices=["tables", "write", "check", "curve", "figures", "movies"])
-    parser.add_argument("paths", nargs="*", metavar="PATH",
-                        help="folders, Markdown files, a run or names of figures")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "command", choices=["tables", "write", "check", "curve", "figures", "movies"]
+    )
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="folders, Markdown files, a run or names of figures",
+    )
     parser.add_argument("--results", type=Path, default=RAW, help="the folder of raw results")
     parser.add_argument("--out", type=Path, default=ASSETS, help="where figures and movies go")
     args = parser.parse_args(argv)
