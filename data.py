@@ -654,9 +654,12 @@ class Sudoku(Task):
         for i, text in answers.items():
             cells[i] = text
 
+        # answers may carry a mark, so cells may be wider than a digit
+        width = max(map(len, cells))
+        cells = [cell.ljust(width) for cell in cells]
         stacks = [" ".join(cells[i:i + w]) for i in range(0, n * n, w)]
         rows = [" | ".join(stacks[i:i + h]) for i in range(0, n * h, h)]
-        rule = "\n" + "-+-".join(["-" * (2 * w - 1)] * h) + "\n"
+        rule = "\n" + "-+-".join(["-" * ((width + 1) * w - 1)] * h) + "\n"
         return rule.join("\n".join(rows[i:i + h]) for i in range(0, n, h))
 
     def board(self, text):
