@@ -1091,8 +1091,15 @@ def make(task, seed, need, cache):
 # --------------------------------------------------------------------------------------------------
 # cache and processes
 
-# what the cache holds depends on the code that made it: its names carry this
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+def code(task):
+    """A checksum of the source that makes a task's puzzles: this file, and the task's own.
+
+    The names of cache files carry it, so that no puzzle of other code is ever served.
+    """
+    module = sys.modules[type(task).__module__]
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(Path(getattr(module, "__file__", __file__)).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def lots(task, seed, cache):
@@ -1102,7 +1109,7 @@ def lots(task, seed, cache):
             yield task.chunk(seed, index)
 
     options = "".join(f"-{name}_{value}" for name, value in asdict(task).items())
-    folder = cache / f"{task.name}{options}-seed_{seed}-{CODE}"
+    folder = cache / f"{task.name}{options}-seed_{seed}-{code(task)}"
     job = partial(cached_lot, task, seed, folder)
 
     # one lot is often enough, and neither it nor what is cached is worth the processes
@@ -1136,22 +1143,27 @@ def parallel(job, start):
 
     # a fork needs no main module to import, so that notebooks work
     context = get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(cores, context, worker, (os.getpid(),)) as workers:
+    stop = context.Event()
+    with ProcessPoolExecutor(cores, context, worker, (os.getpid(), stop)) as workers:
         try:
             for index in itertools.count(start, 4 * cores):
                 yield from workers.map(job, range(index, index + 4 * cores))
         except BrokenProcessPool:
             raise DataError("a process that makes puzzles was killed: out of memory?") from None
+        finally:
+            stop.set()      # nobody waits for the lots that are half made
 
 
-def worker(parent):
-    """What a new process does first: leave Ctrl-C to its parent, and end when the parent ends."""
+def worker(parent, stop):
+    """What a new process does first: leave Ctrl-C to its parent, and end when the parent says so
+    or has ended itself, however that came.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def follow():
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        while os.getppid() == parent and not stop.wait(0.5):
+            pass
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -1324,8 +1336,9 @@ def from_files(task, path, need):
             sorter.add(puzzles, levels, role)
             sorter.report(report)
 
-            # the first of two files is read to its end: no test puzzle may occur anywhere in it
-            if role != "train" and not sorter.short():
+            # if tests are asked for, the first of two files is read to its end: they are short until
+            # the second, and no test puzzle may occur anywhere in the first
+            if not sorter.short():
                 return sorter.splits()
     if sorter.short():
         sorter.refuse(path)
