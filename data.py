@@ -1336,8 +1336,8 @@ def from_files(task, path, need):
             sorter.add(puzzles, levels, role)
             sorter.report(report)
 
-            # if tests are asked for, the first of two files is read to its end: they are short until
-            # the second, and no test puzzle may occur anywhere in the first
+            # tests are short until the second of two files: the first is read to its end, since no
+            # test puzzle may occur anywhere in it
             if not sorter.short():
                 return sorter.splits()
     if sorter.short():
