@@ -1143,27 +1143,22 @@ def parallel(job, start):
 
     # a fork needs no main module to import, so that notebooks work
     context = get_context("fork" if sys.platform == "linux" else "spawn")
-    stop = context.Event()
-    with ProcessPoolExecutor(cores, context, worker, (os.getpid(), stop)) as workers:
+    with ProcessPoolExecutor(cores, context, worker, (os.getpid(),)) as workers:
         try:
             for index in itertools.count(start, 4 * cores):
                 yield from workers.map(job, range(index, index + 4 * cores))
         except BrokenProcessPool:
             raise DataError("a process that makes puzzles was killed: out of memory?") from None
-        finally:
-            stop.set()      # nobody waits for the lots that are half made
 
 
-def worker(parent, stop):
-    """What a new process does first: leave Ctrl-C to its parent, and end when the parent says so
-    or has ended itself, however that came.
-    """
+def worker(parent):
+    """What a new process does first: leave Ctrl-C to its parent, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def follow():
-        while os.getppid() == parent and not stop.wait(0.5):
-            pass
+        while os.getppid() == parent:
+            time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
