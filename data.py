@@ -1060,7 +1060,8 @@ def levels(task, path=None):
         return task.levels
     name = path.split(",")[0]
     cut, top = file_limits(task, name)
-    return {"easy": f"rated below {cut} in {name}", "hard": f"rated {cut} to {top}"}
+    end = "and more" if top == np.inf else f"to {top}"
+    return {"easy": f"rated below {cut} in {name}", "hard": f"rated {cut} {end}"}
 
 
 PATIENCE = 50       # lots without a new puzzle for a short split, before we give up
@@ -1298,7 +1299,7 @@ def read_puzzles(task, path):
 
 
 def file_limits(task, path):
-    """-> the least hard rating and the largest that counts."""
+    """-> the least hard rating and the largest that counts, inf if all do."""
     if task.file_limits:
         return task.file_limits
     ratings = np.array([rating for _, _, rating in read_rows(path, task.columns)])
@@ -1309,7 +1310,7 @@ def file_limits(task, path):
     cut = int(np.ceil(np.quantile(ratings, 0.8)))
     if cut == ratings.min():
         cut += 1
-    return cut, ratings.max()
+    return cut, np.inf
 
 
 def from_files(task, path, need):
