@@ -1063,7 +1063,8 @@ def levels(task, path=None):
         return task.levels
     name = path.split(",")[0]
     cut, top = file_limits(task, name)
-    return {"easy": f"rated below {cut} in {name}", "hard": f"rated {cut} to {top}"}
+    end = "and more" if top == np.inf else f"to {top}"
+    return {"easy": f"rated below {cut} in {name}", "hard": f"rated {cut} {end}"}
 
 
 PATIENCE = 50       # lots without a new puzzle for a short split, before we give up
@@ -1094,8 +1095,15 @@ def make(task, seed, need, cache):
 # --------------------------------------------------------------------------------------------------
 # cache and processes
 
-# what the cache holds depends on the code that made it: its names carry this
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+def code(task):
+    """A checksum of the source that makes a task's puzzles: this file, and the task's own.
+
+    The names of cache files carry it, so that no puzzle of other code is ever served.
+    """
+    module = sys.modules[type(task).__module__]
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(Path(getattr(module, "__file__", __file__)).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def lots(task, seed, cache):
@@ -1105,7 +1113,7 @@ def lots(task, seed, cache):
             yield task.chunk(seed, index)
 
     options = "".join(f"-{name}_{value}" for name, value in asdict(task).items())
-    folder = cache / f"{task.name}{options}-seed_{seed}-{CODE}"
+    folder = cache / f"{task.name}{options}-seed_{seed}-{code(task)}"
     job = partial(cached_lot, task, seed, folder)
 
     # one lot is often enough, and neither it nor what is cached is worth the processes
@@ -1294,7 +1302,7 @@ def read_puzzles(task, path):
 
 
 def file_limits(task, path):
-    """-> the least hard rating and the largest that counts."""
+    """-> the least hard rating and the largest that counts, inf if all do."""
     if task.file_limits:
         return task.file_limits
     ratings = np.array([rating for _, _, rating in read_rows(path, task.columns)])
@@ -1305,7 +1313,7 @@ def file_limits(task, path):
     cut = int(np.ceil(np.quantile(ratings, 0.8)))
     if cut == ratings.min():
         cut += 1
-    return cut, ratings.max()
+    return cut, np.inf
 
 
 def from_files(task, path, need):
@@ -1327,8 +1335,9 @@ def from_files(task, path, need):
             sorter.add(puzzles, levels, role)
             sorter.report(report)
 
-            # the first of two files is read to its end: no test puzzle may occur anywhere in it
-            if role != "train" and not sorter.short():
+            # tests are short until the second of two files: the first is read to its end, since no
+            # test puzzle may occur anywhere in it
+            if not sorter.short():
                 return sorter.splits()
     if sorter.short():
         sorter.refuse(path)
