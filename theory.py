@@ -770,13 +770,13 @@ def i3(seed, quick, norm="outer", recall="none"):
     input-dependent. With recall the memory is kept.
     """
     width = SMALL if quick else LARGE
-    models = 4 if quick else 5
+    models = 8
     share = []
     limits = []
     spreads = []
     errors = []
     for i in range(models):
-        f = untrained(10 * seed + i, norm, recall, width, inputs=8 if quick else 48)
+        f = untrained(10 * seed + i, norm, recall, width, inputs=8 if quick else 24)
         h, step = iterate(f, f.start, 800 if quick else 2000)
         arrived = step < CONVERGED
         share.append(arrived.double().mean())
