@@ -173,8 +173,6 @@ class Config:
         low = field.metadata["low"]
         if value is None:
             return
-        if value == "":
-            raise LoopedError(f"--{field.name}: is empty; give a value or leave the option out")
         if choices and value not in choices:
             raise LoopedError(f"--{field.name} {value}: unknown; choose one of "
                               + ", ".join(map(str, choices)))
@@ -627,6 +625,17 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
         # the embedding has no gradient when the paper's loss starts from a given state
         wrapper = DistributedDataParallel(model, find_unused_parameters=True)
 
+    def checkpoint(step):
+        """All that is needed to go on after so many steps."""
+        return {
+            "config": dataclasses.asdict(cfg), "step": step, "seconds": seconds,
+            "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+            "rng": rng.get_state(), "carry": carry if world == 1 else None,
+            "best": best_weights, "best_val": best_val,
+        }
+
+    if state is None and rank == 0:
+        save_checkpoint(out, checkpoint(0))     # from here on a run that is stopped can go on
     clock = time.time()
     timed_steps = 0
     for step in range(first_step, cfg.steps):
@@ -653,6 +662,8 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
         is_eval_step = done % cfg.eval_every == 0 or done == cfg.steps
         if not is_eval_step:
             continue
+        if world > 1:
+            torch.distributed.all_reduce(loss.detach().div_(world))     # each has its own share
         loss = loss.item()          # waits for a GPU, so that the time is right
         step_seconds = (time.time() - clock) / timed_steps
         seconds += time.time() - clock
@@ -668,12 +679,7 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
             if val["exact"] >= best_val:
                 best_val = val["exact"]
                 best_weights = clone_weights(model)
-            save_checkpoint(out, {
-                "config": dataclasses.asdict(cfg), "step": done, "seconds": seconds,
-                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                "rng": rng.get_state(), "carry": carry if world == 1 else None,
-                "best": best_weights, "best_val": best_val,
-            })
+            save_checkpoint(out, checkpoint(done))
             log(out, {
                 "step": done, "loss": loss, "exact": val["exact"], "residual": val["residual"],
                 "grad_norm": grad_norm.item(), "lr": lr, "ms": 1e3 * step_seconds,
@@ -830,7 +836,7 @@ def retry(model, x, tries, generator, **halting):
     A guise is a symmetry of the task, such as other names for the digits; nobody has to know the
     solution. halting: the options of solve(). The first answer that converged counts, or else the
     first of all. (Renaming is from Augmented HRM, arXiv 2601.10679; to stop at convergence is new.)
-    -> labels [N, L], loops used in all tries [N], converged [N]. Raises LoopedError.
+    -> labels [N, L], loops used in all tries [N], converged [N].
     """
     logits, used, converged = solve(model, x, **halting)
     labels = model.task.predict(logits)
@@ -838,10 +844,7 @@ def retry(model, x, tries, generator, **halting):
         left = (~converged).nonzero()[:, 0]
         if len(left) == 0:
             break
-        guise = model.task.rename(x[left], generator)
-        if guise is None:
-            raise LoopedError(f"--tries {tries}: {model.task.name} has no symmetry to try with")
-        renamed, undo = guise
+        renamed, undo = model.task.rename(x[left], generator)
         logits, loops, now = solve(model, renamed, **halting)
         labels[left[now]] = undo(model.task.predict(logits))[now]
         used[left] += loops
@@ -860,7 +863,7 @@ def wilson(rate, n, z=1.96):
 
 def report(cfg, model, sets):
     """Evaluate both test sets, print the table -> the content of eval.json."""
-    levels = ("easy", "hard")
+    levels = data.levels(model.task, cfg.files)         # {"easy", "hard": what that means}
     counts = sorted({2 ** i for i in range(cfg.eval_loops.bit_length())} | {cfg.eval_loops})
     result = {"config": dataclasses.asdict(cfg), "halting": {}}
     began = time.time()
@@ -897,7 +900,7 @@ def report(cfg, model, sets):
         low, high = wilson(solved, n)
         best = max(counts, key=lambda t, level=level: result[level][t]["exact"])
         halt = result["halting"][level]
-        print(f"\n{level}: {model.task.levels[level]}, {n} puzzles\n"
+        print(f"\n{level}: {levels[level]}, {n} puzzles\n"
               f"  {solved:.3f} solved at {cfg.eval_loops} loops (95 % interval {low:.3f} to "
               f"{high:.3f}; best at {best})\n"
               f"  {halt['exact']:.3f} of {halt['n']} solved when each stops by itself (tries: "
@@ -1013,7 +1016,7 @@ def help_text(field):
         own = [f"{task} {values[field.name]}" for task, values in DEFAULTS.items()
                if field.name in values]
         default = ", ".join(own)
-    if default not in ("", False):
+    if default != "" and default is not False:
         text += f" (default: {default})"
     return text.replace("%", "%%")          # argparse formats it
 
@@ -1023,7 +1026,12 @@ def configure(given):
 
     Raises LoopedError for options that contradict each other, the task or the checkpoint.
     """
-    base, state, model = {}, None, None
+    for name, value in given.items():
+        if value == "":
+            raise LoopedError(f"--{name}: is empty; give a value or leave the option out")
+    base = {}
+    state = None
+    model = None
     if "resume" in given:
         if "preset" in given:
             raise LoopedError("--preset is for new runs: a resumed one keeps its options")
@@ -1047,6 +1055,8 @@ def configure(given):
         raise LoopedError("--puzzle is for --watch: add that")
     if "recall_gain" in given and (cfg.recall == "none" or cfg.inject != "linear"):
         raise LoopedError("--recall_gain scales W_e: it needs a recall, and --inject linear")
+    if cfg.tries > 1 and type(cfg.make_task()).rename is data.Task.rename:
+        raise LoopedError(f"--tries {cfg.tries}: {cfg.task} has no symmetry to try again with")
     if state is not None and cfg.steps < state["step"]:
         raise LoopedError(f"--steps {cfg.steps}: the run has done {state['step']} already")
     if state is not None and cfg.steps > state["step"] and "optimizers" not in state:
@@ -1134,9 +1144,10 @@ def own_folder(cfg):
 def describe(cfg, model, sets, out, device):
     """Print what is about to happen, and begin the log with it."""
     task = model.task
+    levels = data.levels(task, cfg.files)
     x, y = sets["train"]
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"task      {cfg.task}, easy: {task.levels['easy']}, hard: {task.levels['hard']}")
+    print(f"task      {cfg.task}\neasy      {levels['easy']}\nhard      {levels['hard']}")
     print(f"model     {cfg.recall} recall, {cfg.norm} norm, {parameters:,} parameters")
     print(f"training  {cfg.steps} steps of {cfg.batch} from {len(x)} easy puzzles, "
           f"{cfg.loops} loops each")
@@ -1158,38 +1169,46 @@ def run_training(cfg, state):
     """Train a new model, or go on with one, and evaluate it at the end."""
     device = pick_device(cfg)
     rank, world = join_processes(cfg, device)
-    if rank > 0:
-        torch.distributed.barrier()         # the first makes the puzzles, the others read its cache
-    sets = get_splits(cfg, device)
-    if rank == 0 and world > 1:
-        torch.distributed.barrier()
-
-    torch.manual_seed(cfg.seed)
-    model = LoopedTransformer(cfg).to(device)
-    if cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda"):
-        torch._dynamo.config.cache_size_limit = 64      # one graph per shape and gradient mode
-        torch.compiler.assume_constant_result(constant_tables)
-        model.step = torch.compile(model.step, dynamic=False)
-
-    out = None
-    if rank == 0:
-        out = own_folder(cfg)
-        describe(cfg, model, sets, out, device)
+    out = own_folder(cfg) if rank == 0 else None
     try:
+        if rank > 0:
+            torch.distributed.barrier()     # the first makes the puzzles, the others read its cache
+        sets = get_splits(cfg, device)
+        if rank == 0 and world > 1:
+            torch.distributed.barrier()
+
+        torch.manual_seed(cfg.seed)
+        model = LoopedTransformer(cfg).to(device)
+        if cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda"):
+            torch._dynamo.config.cache_size_limit = 64      # one graph per shape and gradient mode
+            torch.compiler.assume_constant_result(constant_tables)
+            model.step = torch.compile(model.step, dynamic=False)
+
+        if rank == 0:
+            describe(cfg, model, sets, out, device)
         train(cfg, model, sets, out, state, rank, world)
+        if world > 1:
+            torch.distributed.destroy_process_group()
+        if rank == 0:
+            state, model = read_checkpoint(out, device)
+            save_evaluation(cfg, state, model, sets, out)
     except KeyboardInterrupt:
+        if rank > 0:
+            raise
+        if not (out / "ckpt.pt").exists():
+            (out / "log.jsonl").unlink()    # nothing was done: the folder is free again
+            raise
         again = f"python looped.py --resume {shlex.quote(str(out))}"
         raise LoopedError(f"stopped; go on with: {again}", exit_code=130) from None
-    if world > 1:
-        torch.distributed.destroy_process_group()
+
     if rank == 0:
-        state, model = read_checkpoint(out, device)
-        save_evaluation(cfg, state, model, sets, out)
         run = shlex.quote(str(out))
-        example = model.task.text(sets["easy"][0][0].cpu().numpy())
-        print(f"\nwatch it solve a puzzle; add --puzzle for one of your own:\n"
-              f"  python looped.py --resume {run} --watch\n"
-              f"  python looped.py --resume {run} --watch --puzzle '{example}'\n"
+        puzzle = model.task.text(sets["easy"][0][0].cpu().numpy())
+        if len(puzzle) > 36:
+            puzzle = "YOURS"
+        print(f"\nwatch it solve a puzzle, a new one or yours:\n"
+              f"  python looped.py --watch --resume {run}\n"
+              f"  python looped.py --watch --puzzle {puzzle} \\\n    --resume {run}\n"
               f"draw the curve:\n  python assets/results.py curve {run}")
 
 
@@ -1212,7 +1231,7 @@ def save_evaluation(cfg, state, model, sets, out):
     result["minutes"] = state["seconds"] / 60
     data.write_atomic(out / "eval.json", json.dumps(result, indent=1).encode())
     print(f"trained {result['minutes']:.1f} min, evaluated {result['eval_minutes']:.1f} min; "
-          f"saved in {out}")
+          f"saved in\n{out}")
 
 
 def stop(*_):
@@ -1222,7 +1241,8 @@ def stop(*_):
 def main(argv=None):
     """The command line -> exit code: 0, 1 for failed work, 2 for a bad request, 130 if stopped."""
     signal.signal(signal.SIGTERM, stop)             # a cluster's stop is treated like Ctrl-C
-    sys.stdout.reconfigure(errors="replace")        # for terminals that cannot show everything
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")    # for terminals that cannot show everything
     given = {}
     try:
         given = parse(argv)
@@ -1233,6 +1253,7 @@ def main(argv=None):
             run_evaluation(cfg, state, model)
         else:
             run_training(cfg, state)
+        sys.stdout.flush()
         return 0
     except data.DataError as error:
         code = getattr(error, "exit_code", 2)
