@@ -113,7 +113,7 @@ class Config:
     train: str = option("carry", "the loss: hand states on, or the paper's",
                         ("carry", "progressive"), group="training")
     loops: int = option(None, "loops that a puzzle gets in training")
-    grad_loops: int = option(3, "carry: loops in a step, all with gradient")
+    grad_loops: int = option(None, "carry: loops in a step, all with gradient")
     steps: int = option(None, "optimizer steps")
     batch: int = option(None, "puzzles in a step")
     optimizer: str = option(None, "muon: for the hidden matrices, the rest has AdamW",
@@ -959,16 +959,18 @@ def mark_token(labels, shown, y, i, text):
 # -----------------------------------------------------------------------------
 # defaults of the tasks, and the authors' protocol
 
-BOARD = dict(n_train=20000, n_hard=256, width=64, window=0, loops=30, steps=16000, batch=64,
-             optimizer="adamw", lr=2e-3, eval_loops=256, damping=0.25)
+BOARD = dict(n_train=20000, n_hard=256, width=64, window=0, loops=30, grad_loops=3, steps=8000,
+             batch=64, optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25)
 DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=21, steps=800, batch=100,
-                        optimizer="adamw", lr=1e-3, eval_loops=500, damping=0.0),
+    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=21, grad_loops=3,
+                        steps=500, batch=100, optimizer="adamw", lr=3e-3, eval_loops=500,
+                        damping=0.0),
     "sudoku": BOARD,
-    "chess": BOARD | dict(n_train=16000, steps=8000),
+    "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
+                          eval_loops=64),
 }
 SIDE_DEFAULTS = {
-    4: dict(loops=16, steps=1600, batch=128, lr=1e-3, eval_loops=64),
+    4: dict(loops=16, steps=800, eval_loops=64),
     6: dict(steps=3000, eval_loops=128),
 }
 
