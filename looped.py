@@ -835,7 +835,7 @@ def retry(model, x, tries, generator, **halting):
 
     A guise is a symmetry of the task, such as other names for the digits; nobody has to know the
     solution. halting: the options of solve(). The first answer that converged counts, or else the
-    first of all. (Renaming is from Augmented HRM, arXiv 2601.10679; to stop at convergence is new.)
+    first of all. (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
     -> labels [N, L], loops used in all tries [N], converged [N].
     """
     logits, used, converged = solve(model, x, **halting)
