@@ -16,14 +16,16 @@ After the abstract and the public code of "Stability and Generalization in Loope
 The whole idea is in LoopedTransformer.step (where does the input come in again, and where is the
 norm?) and in carry_loss (how to train a loop without unrolling it). Notation:
 
-    x [B, L]     token ids           B  puzzles in a batch     W_h  acts on the state h
-    y [B, L]     labels              L  tokens of a puzzle     W_e  acts on the input e
-    e [B, L, D]  embedded input      D  width                  (the authors' code calls them
-    h [B, L, D]  state               H  attention heads         Wx and Wh, in this order)
+    x [B, L]     token ids           B  puzzles in a batch
+    y [B, L]     labels              L  tokens of a puzzle
+    e [B, L, D]  embedded input      D  width
+    h [B, L, D]  state               H  attention heads
     r [B, L, D]  W_e e: what recall adds in every loop
     N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
 
-Not in the paper: carry_loss, the start token and cell embeddings (--positions absolute).
+W_h acts on the state h (it is Wx in the authors' code) and W_e on the input e (their Wh).
+Not in the paper: carry_loss; a start token before strings (added by data.py) and an embedding for
+each cell of a board (--positions absolute); retry.
 """
 import argparse
 import dataclasses
@@ -54,7 +56,7 @@ if not hasattr(data, "TASKS"):
     raise ImportError(f"looped.py needs the data.py beside it, but Python found {data.__file__}")
 
 # -----------------------------------------------------------------------------
-# configuration: the only place of options, the command line is made from it
+# configuration: all options live here, and the command line is generated from them
 
 
 class LoopedError(data.DataError):
@@ -69,7 +71,7 @@ class LoopedError(data.DataError):
 
 
 def option(default, help, choices=(), low=None, group=None, tasks=()):
-    """A field of Config: help text, allowed values, least value, and the only tasks that have it.
+    """A field of Config: help text, allowed values, least value, and the tasks it applies to.
 
     Without `low` a number must be positive. `group` opens a new group of the help.
     """
@@ -79,7 +81,10 @@ def option(default, help, choices=(), low=None, group=None, tasks=()):
 
 @dataclass
 class Config:
-    """Options of a run. None means: the task's own default (see DEFAULTS). Raises LoopedError."""
+    """Options of a run. None means: the task's own default (DEFAULTS, near the end of the file).
+
+    An option of a task has the name of its field in data.py. Raises LoopedError.
+    """
 
     # task and data
     task: str = option("prefix_sums", "what to solve", tuple(data.TASKS), group="task and data")
@@ -97,11 +102,11 @@ class Config:
     # model
     width: int = option(None, "D, channels of the state", group="model")
     heads: int = option(4, "attention heads")
-    window: int = option(None, "tokens that a token attends to (odd); 0 means all", low=0)
+    window: int = option(None, "tokens that a token attends to, in reading order; 0: all", low=0)
     positions: str = option("absolute", "start token or cell embeddings, or RoPE alone",
                             ("absolute", "relative"))
     blocks: int = option(1, "untied blocks in a loop")
-    recall: str = option("internal", "where the input comes in again",
+    recall: str = option("internal", "where the input is re-injected",
                          ("none", "external", "internal"))
     inject: str = option("linear", "how: W_h h + W_e e, or h + e", ("linear", "add"))
     norm: str = option("outer", "where the norm stands",
@@ -116,7 +121,7 @@ class Config:
     grad_loops: int = option(None, "carry: loops in a step, all with gradient")
     steps: int = option(None, "optimizer steps")
     batch: int = option(None, "puzzles in a step")
-    optimizer: str = option(None, "muon: for the hidden matrices, the rest has AdamW",
+    optimizer: str = option(None, "AdamW, or Muon for hidden matrices and AdamW for the rest",
                             ("adamw", "muon"))
     lr: float = option(None, "learning rate after the warm-up")
     decay: str = option("linear", "linear to 0, or x0.1 after 60 % of the steps",
@@ -180,7 +185,7 @@ class Config:
             if low is None and not 0 < value < 1e8:
                 raise LoopedError(f"--{field.name} {value}: must be more than 0 and below 1e8")
             if low is not None and not low <= value < 2 ** 63:
-                raise LoopedError(f"--{field.name} {value}: must be at least {low} and no giant")
+                raise LoopedError(f"--{field.name} {value}: must be between {low} and 2^63")
 
     def make_task(self):
         """-> the data.Task with its options set as here."""
@@ -228,7 +233,7 @@ def rotate(u, cos, sin):
 
 
 def window_table(L, window):
-    """Windowed attention in O(L): n chunks of C neighbouring queries share K = C + window - 1 keys.
+    """Windowed attention at a cost linear in L: chunks of C queries share K = C + window - 1 keys.
 
     -> queries [n, C] and keys [n, K], which are indices of tokens, and mask [n, C, K], which is 0
     where a query sees a key and -inf elsewhere. At both ends windows shift inwards, so that every
@@ -335,7 +340,7 @@ class Block(nn.Module):
             nn.init.orthogonal_(self.gru.weight_hh)
             for bias in (self.gru.bias_ih, self.gru.bias_hh):
                 nn.init.zeros_(bias)
-                nn.init.ones_(bias[D:2 * D])        # the update gate begins by keeping most of h
+                nn.init.ones_(bias[D:2 * D])        # the update gate starts out keeping most of h
 
 
 # -----------------------------------------------------------------------------
@@ -373,7 +378,7 @@ class LoopedTransformer(nn.Module):
             RMSNorm(D), nn.Linear(D, D), nn.GELU(), nn.Linear(D, self.task.classes)
         )
 
-        # how large e is against h is part of recall's strength, so it is set on purpose
+        # the size of e relative to h sets the strength of recall, so it is fixed explicitly
         with torch.no_grad():
             self.tok_emb.weight *= cfg.embed_rms / self.tok_emb.weight.square().mean().sqrt()
             if cfg.recall != "none" and cfg.inject == "linear":
@@ -396,7 +401,8 @@ class LoopedTransformer(nn.Module):
         """One turn of the loop: h [B, L, D], r from recall() -> h [B, L, D].
 
         Both questions of the paper are answered here: where does the input come in again, and
-        where is the norm? F is a sub-layer, attention first and then the MLP.
+        where is the norm? F is a sub-layer, attention first and then the MLP. (Under autocast to
+        bf16 the state stays in fp32: hence the two .to(h.dtype).)
         """
         recall = self.cfg.recall
         norm = self.cfg.norm
@@ -439,7 +445,7 @@ class LoopedTransformer(nn.Module):
     def forward(self, x, loops, h=None, restart=None):
         """Loop on from the states h [B, L, D], or from h_0 = e where there are none.
 
-        x [B, L], restart [B] bool: puzzles that begin at h_0 = e although there is an h
+        x [B, L], restart [B] bool: puzzles that restart from e and ignore h
         -> logits [B, L, classes] and h [B, L, D], both after `loops` loops.
         """
         e = self.embed(x)
@@ -460,14 +466,18 @@ class LoopedTransformer(nn.Module):
 def carry_loss(model, task, cfg, batch, carry):
     """The default: each step runs a few loops and hands the states on to the next step.
 
-    A puzzle gets cfg.loops loops in all, cfg.grad_loops of them in each step, all with gradient.
-    The states that a step leaves behind are detached and carried over. This is allowed because
-    what counts is the fixed point: near it the state hardly depends on the path, so that a state
-    of slightly older weights is as good a start as a new one; and a short gradient is close to the
-    full one, whose terms shrink like rho(dh'/dh)^t. The batch holds puzzles of all ages, and one
-    whose loops are used up makes way for a new one.
+    A puzzle gets cfg.grad_loops loops in each step, all with gradient, and the loss is taken after
+    each step. The states that a step leaves behind are detached and carried over, until a puzzle
+    has had cfg.loops loops (rounded up to whole steps); then it is replaced by a new one.
 
-    batch: new x, y [B, L]; carry {"x", "y" [B, L], "h" [B, L, D], "age" [B]} -> loss, new carry.
+    This is allowed because what counts is the fixed point. Where the loop contracts, that is where
+    the spectral radius of dh_{t+1}/dh_t is below 1, the state hardly depends on its path, so that
+    a state of slightly older weights is as good a start as a new one; and the gradient terms that
+    are cut off shrink geometrically. (Without recall the answer has to depend on the path, and the
+    argument does not hold.)
+
+    batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops that a
+    puzzle has had} -> loss, new carry.
     """
     new_x, new_y = batch
     over = carry["age"] >= cfg.loops
@@ -482,8 +492,9 @@ def carry_loss(model, task, cfg, batch, carry):
 
 
 def start_carry(model, cfg, batch, rank, world):
-    """The first carry: new puzzles of evenly spread ages, so that some are over in each step."""
+    """The first carry: new puzzles, all at h_0 = e."""
     x, y = batch
+    # staggered ages spread the replacements evenly over the steps; the first puzzles get less
     age = torch.arange(rank, cfg.batch, world, device=x.device) * cfg.loops // cfg.batch
     return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
 
@@ -526,7 +537,7 @@ def get_batch(task, x_all, y_all, batch, rng, rank=0, world=1):
 
 
 def get_lr(cfg, step):
-    """The learning rate of step 0, 1, ..., cfg.steps - 1."""
+    """The learning rate at a step, counted from 0."""
     warm = (step + 1) / max(1, cfg.warmup)
     if cfg.decay == "linear":
         return cfg.lr * min(1.0, warm) * (1 - step / cfg.steps)
@@ -567,7 +578,7 @@ def configure_optimizers(model, cfg):
 
 
 def save_checkpoint(out, checkpoint):
-    """Write out/ckpt.pt: whatever happens, the old file is there or the new one."""
+    """Write out/ckpt.pt atomically: a crash leaves the old file or the new one."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     data.write_atomic(out / "ckpt.pt", buffer.getvalue())
@@ -587,8 +598,9 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
     """Train a model on sets["train"] and save out/ckpt.pt at each validation.
 
     sets: {"train", "val", ...: (x, y)} on the model's device. state: a checkpoint to go on from;
-    on a CPU the result is, bit for bit, that of a run which was never stopped. Raises LoopedError
-    if the loss is no longer finite; the last good checkpoint stays.
+    on a CPU the result is, bit for bit, that of a run which was never stopped (in one process).
+    Nothing is saved on Ctrl-C: the steps since the last validation are repeated. Raises
+    LoopedError if the loss is no longer finite; the last good checkpoint stays.
     """
     task = model.task
     x_all, y_all = sets["train"]
@@ -626,7 +638,7 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
         wrapper = DistributedDataParallel(model, find_unused_parameters=True)
 
     def checkpoint(step):
-        """All that is needed to go on after so many steps."""
+        """All that is needed to resume after this many steps."""
         return {
             "config": dataclasses.asdict(cfg), "step": step, "seconds": seconds,
             "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
@@ -663,7 +675,8 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
         if not is_eval_step:
             continue
         if world > 1:
-            torch.distributed.all_reduce(loss.detach().div_(world))     # each has its own share
+            loss = loss.detach() / world                # each process has its own share
+            torch.distributed.all_reduce(loss)
         loss = loss.item()          # waits for a GPU, so that the time is right
         step_seconds = (time.time() - clock) / timed_steps
         seconds += time.time() - clock
@@ -675,7 +688,7 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
                 raise LoopedError(f"step {done} is not finite (loss {loss:.3g}): lower --lr; the "
                                   f"last good checkpoint stays in {out}", exit_code=1)
 
-            # the latest of the best on validation is kept; the test sets have no say
+            # keep the best on validation, of equal ones the latest; the test sets are never used
             if val["exact"] >= best_val:
                 best_val = val["exact"]
                 best_weights = clone_weights(model)
@@ -746,7 +759,7 @@ def relative_change(new, old):
 
 
 def chunk_size(x):
-    """How many of the puzzles x [N, L] fit the caches of a CPU, or the memory of a GPU."""
+    """How many puzzles of x [N, L] to take at once: they should fit the caches of a CPU."""
     tokens = 4096 if x.device.type == "cpu" else 2 ** 17
     return max(1, tokens // x.shape[1])
 
@@ -755,7 +768,8 @@ def chunk_size(x):
 def evaluate(model, x, y, loops, progress=None):
     """Accuracy and motion of puzzles x, y [N, L] after each of the loop counts `loops`.
 
-    -> {count: {"exact":      share of puzzles with all tokens right,
+    -> {count: {"exact":      share of puzzles with every token right (those that are not scored,
+                              such as the clues of a sudoku, have known labels too),
                 "token":      share of scored tokens that are right, mean over puzzles,
                 "residual":   largest |h_{t+1} - h_t| / |h_t| of a token, mean over puzzles,
                 "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
@@ -771,8 +785,9 @@ def evaluate(model, x, y, loops, progress=None):
         xb = x[start:start + size]
         yb = y[start:start + size]
         scored = model.task.scored(xb)
-        h = model.embed(xb)
-        r = model.recall(h)
+        e = model.embed(xb)
+        r = model.recall(e)
+        h = e
         old = None
 
         # two loops more than asked for: the residuals of the last count look ahead
@@ -805,19 +820,17 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
     -> logits [N, L, classes], loops used [N], converged [N] (False: max_loops was not enough).
     h <- (1 - damping) step(h) + damping h has the same fixed points, and flips less around them.
     """
-    # the step without torch.compile: the batch shrinks, and each size would be compiled anew
-    step = type(model).step
     parts = []
     for xb in x.split(chunk_size(x)):
-        h = model.embed(xb)
-        r = model.recall(h)
-        h = h.clone()
+        e = model.embed(xb)
+        r = model.recall(e)
+        h = e.clone()                       # it is written in place below
         used = torch.full((len(xb),), max_loops, device=x.device)
         converged = torch.zeros(len(xb), dtype=torch.bool, device=x.device)
         active = torch.arange(len(xb), device=x.device)         # puzzles that still move
         for t in range(1, max_loops + 1):
             old = h[active]
-            new = step(model, old, None if r is None else r[active])
+            new = model.step(old, None if r is None else r[active])
             h[active] = new.lerp(old, damping)
             still = relative_change(new, old) < tol             # of the step without damping
             used[active[still]] = t
@@ -831,11 +844,11 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
 
 @torch.inference_mode()
 def retry(model, x, tries, generator, **halting):
-    """Puzzles x [N, L] that do not converge are asked again in another guise, up to `tries` times.
+    """Puzzles x [N, L] that do not converge are retried in a symmetric form, `tries` times in all.
 
-    A guise is a symmetry of the task, such as other names for the digits; nobody has to know the
-    solution. halting: the options of solve(). The first answer that converged counts, or else the
-    first of all. (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
+    For example with other names for the digits; no labels are needed. halting: options of solve().
+    The first answer that converged counts, or else the first of all.
+    (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
     -> labels [N, L], loops used in all tries [N], converged [N].
     """
     logits, used, converged = solve(model, x, **halting)
@@ -870,7 +883,7 @@ def report(cfg, model, sets):
     for level in levels:
         x, y = sets[level]
         result[level] = evaluate(model, x, y, counts, data.progress(f"evaluating {level}"))
-        # halting looks at fewer puzzles, because it takes as long as all the rest
+        # halting looks at 32 puzzles, because it takes long, unless --tries was asked for
         if cfg.tries == 1:
             x, y = x[:32], y[:32]
         generator = torch.Generator(x.device).manual_seed(cfg.seed)
@@ -902,7 +915,7 @@ def report(cfg, model, sets):
         halt = result["halting"][level]
         print(f"\n{level}: {levels[level]}, {n} puzzles\n"
               f"  {solved:.3f} solved at {cfg.eval_loops} loops (95 % interval {low:.3f} to "
-              f"{high:.3f}; best at {best})\n"
+              f"{high:.3f}; most at {best} loops)\n"
               f"  {halt['exact']:.3f} of {halt['n']} solved when each stops by itself (tries: "
               f"{cfg.tries}): {halt['converged']:.0%} converge, {halt['loops']:.0f} loops")
     print(f"\nby chance {model.task.chance}")
@@ -924,10 +937,11 @@ def watch(cfg, model):
         text = task.text(x)
     print("+ right   x wrong   ~ changed since it was last shown   = unchanged, truth unknown")
 
-    h = model.embed(torch.as_tensor(x, dtype=torch.long)[None])
-    r = model.recall(h)
+    e = model.embed(torch.as_tensor(x, dtype=torch.long)[None])
+    r = model.recall(e)
+    h = e
     shown = None                            # the labels that were printed last
-    max_loops = 2 * cfg.eval_loops
+    max_loops = 2 * cfg.eval_loops          # a puzzle of yours may be harder than ours
     for t in range(1, max_loops + 1):
         new = model.step(h, r)
         residual = relative_change(new, h).item()
@@ -1058,7 +1072,7 @@ def configure(given):
     if "recall_gain" in given and (cfg.recall == "none" or cfg.inject != "linear"):
         raise LoopedError("--recall_gain scales W_e: it needs a recall, and --inject linear")
     if cfg.tries > 1 and type(cfg.make_task()).rename is data.Task.rename:
-        raise LoopedError(f"--tries {cfg.tries}: {cfg.task} has no symmetry to try again with")
+        raise LoopedError(f"--tries {cfg.tries}: {cfg.task} has no symmetry, so it must be 1")
     if state is not None and cfg.steps < state["step"]:
         raise LoopedError(f"--steps {cfg.steps}: the run has done {state['step']} already")
     if state is not None and cfg.steps > state["step"] and "optimizers" not in state:
@@ -1095,7 +1109,7 @@ def join_processes(cfg, device):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")          # of several processes only the first speaks
+        sys.stdout = open(os.devnull, "w")          # of several processes only the first prints
     return rank, world
 
 
@@ -1198,10 +1212,11 @@ def run_training(cfg, state):
         if rank > 0:
             raise
         if not (out / "ckpt.pt").exists():
-            (out / "log.jsonl").unlink()    # nothing was done: the folder is free again
+            (out / "log.jsonl").unlink()    # nothing was done: release the folder
             raise
         again = f"python looped.py --resume {shlex.quote(str(out))}"
-        raise LoopedError(f"stopped; go on with: {again}", exit_code=130) from None
+        raise LoopedError(f"stopped; resume from the last validation with: {again}",
+                          exit_code=130) from None
 
     if rank == 0:
         run = shlex.quote(str(out))
@@ -1268,7 +1283,7 @@ def main(argv=None):
         return 1
     except OSError as error:
         code = 2
-        message = f"{error.filename or 'writing'}: {error.strerror}; free it or give another --out"
+        message = f"{error.filename or 'writing'}: {error.strerror}; choose another --out"
     except (MemoryError, RuntimeError) as error:
         # a CPU that is out of memory raises a plain RuntimeError; others keep their traceback
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -1448,7 +1448,7 @@ def test_a_stopped_run_exits_130_and_the_printed_command_finishes_it_bit_for_bit
         line = fails(capsys, [*argv, "--out", "cut in two"], code=130)
     assert looped.read_checkpoint("cut in two")[0]["step"] == 2
 
-    command = shlex.split(line.partition("go on with: ")[2])
+    command = shlex.split(line.partition("validation with: ")[2])
     assert command[:2] == ["python", "looped.py"]
     assert looped.main(command[2:]) == 0
     cut = torch.load("cut in two/ckpt.pt", weights_only=True)
@@ -1471,7 +1471,7 @@ def test_a_run_that_is_stopped_before_its_first_checkpoint_can_be_started_again(
         line = fails(capsys, flags(out="run"), code=130)
 
     # what is printed works: a command to go on, or else the folder is free for the same run
-    command = line.partition("go on with: ")[2]
+    command = line.partition("validation with: ")[2]
     argv = shlex.split(command)[2:] if command else flags(out="run")
     assert looped.main(argv) == 0
 
@@ -2801,7 +2801,7 @@ def test_claim_holds(name, seed):
 
 @pytest.mark.parametrize("name", ["R2", "R3", "I1", "I3", "G2", "G3", "axes"])
 def test_claim_about_the_block_holds(name):
-    smaller = {"blocks": 3} if name == "axes" else {}
+    smaller = {"blocks": 2} if name == "axes" else {}
     rows = theory.CLAIMS[name](303, quick=True, **smaller)
     assert not failed(rows)
     assert any(is_control(row) for row in rows)
@@ -2887,12 +2887,32 @@ def test_r2_fails_if_one_radius_of_several_misbehaves(monkeypatch, asked, given,
 def test_r3_allows_no_power_but_one(monkeypatch):
     # a state that grows like a random walk, and one that comes to a limit, both fail
     for power in (0.5, 0.0):
-        def states(f, marks, power=power):
+        def states(f, marks, start=None, power=power):
             return torch.stack([f.start * k ** power for k in marks])
         with monkeypatch.context() as patch:
             patch.setattr(theory, "states", states)
             wrong = failed(theory.CLAIMS["R3"](0, quick=True, norms=("pre",)))
         assert any("power" in row.what and not is_control(row) for row in wrong)
+
+
+@pytest.mark.parametrize("asked, given", [(0.9999, 1.0), (0.99, 1.0), (1.0001, 0.9), (2.0, 0.9)])
+def test_i2_fails_if_one_radius_of_several_misbehaves(monkeypatch, asked, given):
+    real = theory.matrix_with_top
+
+    def matrix_with_top(top, draw):
+        return real(given if top == asked else top, draw)
+    monkeypatch.setattr(theory, "matrix_with_top", matrix_with_top)
+    wrong = [row for row in theory.CLAIMS["I2"](0, quick=True) if not row.passed]
+    assert wrong and all(row.what.startswith("positive") for row in wrong)
+
+
+@pytest.mark.parametrize("factor", [0.9])
+def test_i3_fails_if_the_memory_dies_at_another_rate(monkeypatch, factor):
+    real = theory.radius
+    monkeypatch.setattr(theory, "radius", lambda J: factor * real(J))
+
+    row = next(row for row in theory.CLAIMS["I3"].rows(0, True) if "rate" in row.what)
+    assert not row.passed
 
 
 def test_r5_measures_the_largest_quotient_not_the_least():
@@ -3122,8 +3142,17 @@ def test_rank_correlation_against_spearman_with_ties():
     assert abs(theory.rank_correlation([1.0, 2, 3, 4], [4.0, 3, 2, 1]) + 1) < 1e-12
 
 
+def interval_of(records):
+    row, _, _ = theory.tracks(records, 0)
+    return map(float, row.note.split(" to "))
+
+
 def test_accuracy_that_tracks_the_axes_passes_and_one_that_does_not_fails():
-    assert not failed(theory.tracks(grid_of(lambda held: held ** 2), 0))
+    rows = list(theory.tracks(grid_of(lambda held: held ** 2), 0))
+    assert not failed(rows)
+    assert float(rows[0].measured) == 1 and rows[0].note == "1.00 to 1.00"
+    low, high = interval_of(grid_of(lambda held: math.sin(5 * held)))
+    assert low < high
     wrong = failed(theory.tracks(grid_of(lambda held: 1 - held), 0))
     assert len(wrong) == 2 and not any(is_control(row) for row in wrong)
     wrong = failed(theory.tracks(grid_of(lambda held: math.sin(99 * held)), 0))
@@ -3187,6 +3216,17 @@ def test_measurements_of_a_run(tiny_run, tmp_path, capsys):
     hard = json.loads((tiny_run / "eval.json").read_text())["hard"]
     assert found["hard"] == hard["4"]["exact"]
     assert 0 < found["norm_ratio"] < 2
+
+
+def test_one_input_that_does_not_converge_breaks_the_first_axis(monkeypatch):
+    f = theory.untrained(0, "outer", "internal", 32, inputs=2, gain=16.0)
+    real = theory.iterate
+
+    def iterate(f, h, loops):
+        h, step = real(f, h, loops)
+        return h, step + torch.tensor([0.0, 1e-3])
+    monkeypatch.setattr(theory, "iterate", iterate)
+    assert theory.axes_of(f, 0, 500) == (False, True, True)
 
 
 def test_hard_accuracy_is_the_one_at_the_largest_loop_count(tmp_path):
