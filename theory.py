@@ -331,7 +331,7 @@ def r1(seed, quick, judge=None):
     yield control("internal, by the external a: broken", missed, at_least=0.05 * n)
 
 
-@claim("R2", "reachability", seconds=6)
+@claim("R2", "reachability", seconds=2)
 def r2(seed, quick, norms=("pre", "peri")):
     """Pre/peri + external recall: rho(W_h) is the regime: below 1 no orbit is lost, above 1 far
     ones are.
@@ -386,7 +386,7 @@ def r2(seed, quick, norms=("pre", "peri")):
                   at_most=0.1)
 
 
-@claim("R3", "reachability", seconds=10)
+@claim("R3", "reachability", seconds=5)
 def r3(seed, quick, norms=("pre", "peri")):
     """Pre/peri with internal or no recall: the state drifts off linearly, nothing is reached.
 
@@ -514,8 +514,7 @@ def r5(seed, quick, norm="outer", recall=1.0, radius_of_contraction=2):
         for rho in (0.5, 3, 10):
             f = loop(r, rho)
             limit, _ = iterate(f, start, 300)
-            second, _ = iterate(f, other, 300)
-            limits += [limit, second]
+            limits += [limit, iterate(f, other, 300)[0]]
             shares.append(share_reached(f))
 
             # Lipschitz quotients of far pairs, and of near ones round the limit
@@ -540,7 +539,7 @@ def r5(seed, quick, norm="outer", recall=1.0, radius_of_contraction=2):
                   equals=0)
 
 
-@claim("R6", "reachability", seconds=2)
+@claim("R6", "reachability", seconds=1)
 def r6(seed, quick, norm="outer", recall=1.0):
     """Never unconditional: s' = N(R s + beta e), R a turn of all planes by theta, may not converge.
 
@@ -708,7 +707,7 @@ def matrix_with_top(top, draw, D=16):
     return V @ values @ torch.linalg.inv(V)
 
 
-@claim("I2", "input-dependence", seconds=5)
+@claim("I2", "input-dependence", seconds=3)
 def i2(seed, quick, recall=0.0):
     """Countable fixed points allow no strong input-dependence, in any spectral regime.
 
@@ -781,7 +780,7 @@ def forgetting(norm, seed):
     return slope([math.log(k) for k in marks], torch.stack(sizes, 1)).median()
 
 
-@claim("I3", "input-dependence", seconds=20)
+@claim("I3", "input-dependence", seconds=16)
 def i3(seed, quick, norm="outer", recall="none"):
     """The real block without recall forgets: under outer norm at the rate log rho(J*), else slowly.
 
@@ -843,7 +842,7 @@ def i3(seed, quick, norm="outer", recall="none"):
     yield control("internal recall, |dh_k/de|, k = 200 / k = 100", kept, equals=1, within=1e-2)
 
 
-@claim("I5", "input-dependence", seconds=10)
+@claim("I5", "input-dependence", seconds=2)
 def i5(seed, quick, norm="outer", recalls=("internal", "external")):
     """With recall the limit is smooth in the input: dh*/de = (I - J)^-1 df/de.
 
@@ -958,7 +957,7 @@ def unbounded_gradients(head, seed, width, K):
     return rate, (late.norm() / early.norm()).log2()
 
 
-@claim("G2", "geometry", seconds=30)
+@claim("G2", "geometry", seconds=5)
 def g2(seed, quick, norm="outer"):
     """Backpropagation through K loops is stable with recall + outer norm, and only luck without.
 
@@ -1013,7 +1012,7 @@ def g2(seed, quick, norm="outer"):
                   at_least=0.5)
 
 
-@claim("G3", "geometry", seconds=10)
+@claim("G3", "geometry", seconds=4)
 def g3(seed, quick, norm="outer"):
     """Stronger recall smooths: under outer norm rho(J*) falls, in the end like a power of |W_e|.
 
@@ -1064,7 +1063,7 @@ def settles(a, b, norm):
     return a.abs() < 1
 
 
-@claim("G5", "geometry", seconds=10)
+@claim("G5", "geometry", seconds=2)
 def g5(seed, quick, norm="outer"):
     """Outer norm turns the order of internal and external recall round, from sigma = 0.5 on.
 
@@ -1143,7 +1142,7 @@ def axes_of(f, seed, loops):
     return converges, depends, bool(smooth)
 
 
-@claim("axes", "all three axes", seconds=100)
+@claim("axes", "all three axes", seconds=60)
 def axes(seed, quick, swap=None, blocks=None):
     """The untrained block: how often a cell of 4 norms x 3 recalls has all three axes.
 
