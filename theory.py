@@ -66,7 +66,7 @@ def check(what, value, equals=None, at_least=None, at_most=None, within=0.0, not
         excess = value - float(at_most)
     else:
         raise ValueError(f"{what}: nothing to check against")
-    return Row("", what, bound, f"{value:.4g}", f"{within:.1g}", excess <= within, note)
+    return Row("", what, bound, f"{value:.4g}", f"{within:.2g}", excess <= within, note)
 
 
 def control(what, value, **bounds):
@@ -1149,12 +1149,13 @@ def axes(seed, quick, swap=None, blocks=None):
     Paper's abstract: never without recall, reliably so with recall + outer norm. Seen on random
     weights of width 32, not proved: pre and peri drift (R3) or hang on rho(W_h) (R2), outer norm
     without recall forgets (I3). "Reliably" is a matter of recall strength (R5): the shares at gain
-    1, 2, 4, 8 and 16 are in the table with 95 % intervals; external recall is not reliable at 1.
+    1, 2, 4, 8 and 16 are in the table with 95 % intervals. At gain 1 neither recall is reliable,
+    external less than internal; nothing is claimed there but that stronger recall is no worse.
     """
     blocks = blocks or (6 if quick else 16)
     loops = 500 if quick else 1000
 
-    def row(norm, recall, gain=1.0, rho=None, count=blocks, judge=check, **bounds):
+    def row(norm, recall, gain=1.0, rho=None, count=blocks, **bounds):
         found = []
         for i in range(count):
             model_seed = 1000 * seed + i
@@ -1167,7 +1168,7 @@ def axes(seed, quick, swap=None, blocks=None):
         if rho is not None:
             name += f", rho(W_h) {rho:g}"
         note = f"{low:.2f} to {high:.2f}; each axis: {each} of {count}"
-        return judge(f"{name}: share with all three", all_three / count, note=note, **bounds)
+        return check(f"{name}: share with all three", all_three / count, note=note, **bounds)
 
     # cells that lack an axis, or have it by the luck of rho(W_h)
     few = min(blocks, 3 if quick else 5)
@@ -1180,13 +1181,17 @@ def axes(seed, quick, swap=None, blocks=None):
 
     # outer norm, by recall strength; bounds leave room for the binomial noise of so few blocks
     yield row("outer", "none", equals=0)
-    least = {1.0: 0.3, 2.0: 0.4, 4.0: 0.6, 8.0: 0.8, 16.0: 0.8}
-    for gain in (1.0, 16.0) if quick else least:
-        yield row("outer", "internal", gain=gain, at_least=least[gain])
-        if gain == 1:
-            yield row("outer", "external", gain=gain, judge=control, at_most=0.9)
-        else:
-            yield row("outer", "external", gain=gain, at_least=least[gain])
+    least = {2.0: 0.4, 4.0: 0.6, 8.0: 0.8, 16.0: 0.8}
+    for recall in ("internal", "external"):
+        weak = row("outer", recall, gain=1.0, at_most=0.9)
+        if recall == "external":
+            yield weak._replace(what=f"control: {weak.what}")
+        for gain in (16.0,) if quick else least:
+            strong = row("outer", recall, gain=gain, at_least=least[gain])
+            yield strong
+        gained = float(strong.measured) - float(weak.measured)
+        yield check(f"outer + {recall}: share at gain 16 - at gain 1", gained, at_least=0,
+                    note=f"at gain 1: {weak.note}")
     if not quick:
         yield row("sandwich", "none", count=few, equals=0)
         for recall in ("internal", "external"):
