@@ -770,14 +770,14 @@ def i2(seed, quick, recall=0.0):
 
 
 def forgetting(norm, seed):
-    """Power of k in |dN(h_k)/de v| without recall, k = 25 to 200, median of 8 models."""
+    """Powers [8] of k in |dN(h_k)/de v| of 8 models without recall, k = 25 to 200."""
     marks = [25, 50, 100, 200]
     sizes = []
     for i in range(8):
         f = untrained(8 * seed + i, norm, "none", SMALL, inputs=8)
         _, _, seen = sensitivity(f, marks, seed)
         sizes.append(seen.norm(dim=-1).log().mean(1))
-    return slope([math.log(k) for k in marks], torch.stack(sizes, 1)).median()
+    return slope([math.log(k) for k in marks], torch.stack(sizes, 1))
 
 
 @claim("I3", "input-dependence", seconds=16)
@@ -830,10 +830,11 @@ def i3(seed, quick, norm="outer", recall="none"):
                 within=1e-3)
 
     # no limit to speak of under pre: the direction that a head sees forgets like a power of k
-    power = forgetting("pre", seed)
-    yield check("pre + none: power of k in |dN(h_k)/de|, median of 8", power, equals=-0.5,
-                within=0.5)
-    yield control("outer + none: that power, median of 8", forgetting("outer", seed), at_most=-1)
+    powers = forgetting("pre", seed)
+    yield check("pre + none: power of k in |dN(h_k)/de|, median of 8", powers.median(), at_most=0)
+    yield check("pre + none: ... the fastest of 8", powers.min(), at_least=-1)
+    # of eight outer-norm models most converge; those that cycle need not forget
+    yield control("outer + none: ... the fastest of 8", forgetting("outer", seed).min(), at_most=-2)
 
     f = untrained(seed, "outer", "internal", width, gain=STRONG)
     h, d, _ = sensitivity(f, (100, 200), seed)
