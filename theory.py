@@ -66,7 +66,7 @@ def check(what, value, equals=None, at_least=None, at_most=None, within=0.0, not
         excess = value - float(at_most)
     else:
         raise ValueError(f"{what}: nothing to check against")
-    return Row("", what, bound, f"{value:.4g}", f"{within:.1g}", excess <= within, note)
+    return Row("", what, bound, f"{value:.4g}", f"{within:.2g}", excess <= within, note)
 
 
 def control(what, value, **bounds):
@@ -212,11 +212,11 @@ def untrained(seed, norm, recall, width, inputs=8, gain=1.0, rho=None):
     return Loop(model, cfg.embed_rms * rng(seed + 10 ** 6)(inputs, TOKENS, width))
 
 
-def states(f, marks):
-    """-> h_k for k in marks, [len(marks), B, L D], from h_0 = e."""
-    h = f.start
+def states(f, marks, start=None):
+    """-> h_k for k in marks, [len(marks), B, L D], from h_0 = e or another start."""
+    h = f.start if start is None else start
     found = []
-    for k in range(1, max(marks) + 1):
+    for k in range(1, max(marks) + 1):      # h_0 is not a mark
         h = f(h)
         if k in marks:
             found.append(h)
@@ -325,19 +325,23 @@ def r1(seed, quick, judge=None):
         off = (s - b / (1 - a)).abs() / (1 + (b / (1 - a)).abs())
         yield check(f"{recall}: |limit - b / (1 - a)|", off[inside].max(), equals=0, within=1e-12)
 
+    # the wrong formula on the same weights, to see that the count can be large
     wrong, _ = scalar_loop("external", x, y)
     missed = ((wrong.abs() < 1) != arrived).sum()
     yield control("internal, by the external a: broken", missed, at_least=0.05 * n)
 
 
-@claim("R2", "reachability", seconds=6)
+@claim("R2", "reachability", seconds=2)
 def r2(seed, quick, norms=("pre", "peri")):
-    """Pre/peri + external recall: rho(W_h) is the regime, bounded iff it is below 1.
+    """Pre/peri + external recall: rho(W_h) is the regime: below 1 no orbit is lost, above 1 far
+    ones are.
 
-    Derived here: sub-layers read N(u), so block(u) - u is bounded and h' = W_h h + W_e e + O(1).
+    Derived here: sub-layers read N(u), so block(u) - u is bounded by some C, h' = W_h h + O(C).
     Below 1 orbits stay in a ball (convergent or not). Above 1 the part of h along the left
-    eigenvector w of the dominant eigenvalue obeys z' = lambda z + O(1), so it grows at the rate
-    log rho(W_h), with an error of O(1 / |z|) a loop.
+    eigenvector w of the dominant eigenvalue obeys z' = lambda z + O(C), so from |z| > C / (rho - 1)
+    on it grows at the rate log rho(W_h), with an error of O(C / |z|) a loop. Within that ball
+    nothing is proved: from h_0 = e some orbits stay there at 1.05 (seen at seeds 5002 and 5003), so
+    "above 1 nothing is reached" would be too much to claim.
     """
     width = SMALL if quick else LARGE
     K = 300                                     # 1.5^600 = 1e106: finite when squared
@@ -362,17 +366,17 @@ def r2(seed, quick, norms=("pre", "peri")):
         yield check(f"{norm}: rho(W_h) <= 0.95: largest |h| late / early", max(excess),
                     at_most=1.25)
 
-        # above 1: z at K is at least 1e5, so the rate is good to 1e-5 / K a loop; ten times that
+        # above 1, from far outside of the ball: C / |z| is below 1e-3 from the start and falls
         off = []
         for rho in (1.05, 1.2, 1.5):
             f = untrained(seed, norm, "external", width, inputs=2, rho=rho)
             w = left_eigenvector(f.model.W_h.weight)
-            h = per_token(states(f, (K, 2 * K)), f).to(w.dtype)
+            h = per_token(states(f, (K, 2 * K), start=1e6 * f.start), f).to(w.dtype)
             size = (h @ w).abs()
             rate = (size[1] / size[0]).log() / K
             off.append((rate - math.log(rho)).abs().max())
-        yield check(f"{norm}: rho(W_h) >= 1.05: |growth - log rho(W_h)|", max(off),
-                    equals=0, within=1e-4)
+        yield check(f"{norm}: rho(W_h) >= 1.05, far out: |growth - log rho(W_h)|", max(off),
+                    equals=0, within=1e-8)
 
     # the same W_h inside the sub-layers decides nothing: |h| grows, but only linearly (R3)
     f = untrained(seed, "pre", "internal", width, inputs=2, rho=1.5)
@@ -382,7 +386,7 @@ def r2(seed, quick, norms=("pre", "peri")):
                   at_most=0.1)
 
 
-@claim("R3", "reachability", seconds=10)
+@claim("R3", "reachability", seconds=5)
 def r3(seed, quick, norms=("pre", "peri")):
     """Pre/peri with internal or no recall: the state drifts off linearly, nothing is reached.
 
@@ -405,18 +409,19 @@ def r3(seed, quick, norms=("pre", "peri")):
         for recall in ("none", "internal"):
             f, h, after, power = run(norm, recall)
             worst = power[(power - 1).abs().argmax()]
-            step = moved(after, h)
             cosine = torch.cosine_similarity(h, after)
-            bound = step.square().max() / 2
+
+            # J tends to the identity like 1 / |h|
             one = torch.eye(h.shape[1])
             near = (jacobian(f, h) - one).norm()
             far = (jacobian(f, 100 * h) - one).norm()
+
             name = f"{norm} + {recall}"
             # a random walk would give a power of 0.5, a limit 0: half of the way to it
             yield check(f"{name}: power of k in |h|", worst, equals=1, within=0.25)
             yield check(f"{name}: |h_K+1 - h_K|, least", (after - h).norm(dim=1).min(), at_least=1)
             yield check(f"{name}: ... while 1 - cos(h_K, h_K+1) is", (1 - cosine).max(),
-                        at_most=bound, within=1e-15)
+                        at_most=1e-5)
             yield check(f"{name}: 100 |J - I| at 100 h / |J - I| at h", 100 * far / near, equals=1,
                         within=1e-2)
 
@@ -451,6 +456,7 @@ def r4(seed, quick, recall=0.0):
     clear = rival / size[:, 0] < 0.98           # 0.98^2000 = 3e-18
     wins = real & (top.real > 0)
 
+    # from each input to its limit, for all matrices at once
     def turn(s):
         return N(s @ A.mT + recall * e)
     s, step = iterate(turn, e, 2000)
@@ -462,6 +468,7 @@ def r4(seed, quick, recall=0.0):
     yield check("1 - |cos(limit, dominant eigenvector)|", (1 - cosine).max(), equals=0, within=1e-9)
     yield check(f"distinct limits of {inputs} inputs", max(map(distinct, s)), at_most=2)
 
+    # recall strong enough for a contraction (R5)
     w = 3 * torch.linalg.matrix_norm(A, 2)[:, None, None] * e
     strong, _ = iterate(lambda s: N(s @ A.mT + w), e, 200)
     yield control(f"with recall, distinct limits of {inputs}", min(map(distinct, strong)),
@@ -507,9 +514,10 @@ def r5(seed, quick, norm="outer", recall=1.0, radius_of_contraction=2):
         for rho in (0.5, 3, 10):
             f = loop(r, rho)
             limit, _ = iterate(f, start, 300)
-            second, _ = iterate(f, other, 300)
-            limits += [limit, second]
+            limits += [limit, iterate(f, other, 300)[0]]
             shares.append(share_reached(f))
+
+            # Lipschitz quotients of far pairs, and of near ones round the limit
             for a, b in ((start, other), (limit, N(limit + 1e-3 * other))):
                 quotient = (f(a) - f(b)).norm(dim=-1) / (a - b).norm(dim=-1)
                 quotients.append(quotient.max())
@@ -531,7 +539,7 @@ def r5(seed, quick, norm="outer", recall=1.0, radius_of_contraction=2):
                   equals=0)
 
 
-@claim("R6", "reachability", seconds=2)
+@claim("R6", "reachability", seconds=1)
 def r6(seed, quick, norm="outer", recall=1.0):
     """Never unconditional: s' = N(R s + beta e), R a turn of all planes by theta, may not converge.
 
@@ -581,7 +589,25 @@ def newton_roots(f, s, loops=30):
     return unique(s[moved(f(s), s) < 1e-10])
 
 
-@claim("I1", "input-dependence", seconds=10)
+def isolation(seed, starts, zeroed):
+    """sigma_min(I - J) at each fixed point of a small block that Newton's method finds.
+
+    From random states of rms 1, where all fixed points under outer norm lie; without recall. A
+    zeroed block, F = 0, leaves s' = N(s): each of those states is a fixed point.
+    """
+    f = untrained(seed, "outer", "none", width=8, inputs=starts)
+    if zeroed:
+        for layer in (f.model.blocks[0].attn.out, f.model.blocks[0].mlp[2]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    roots = newton_roots(f, N(per_token(f.start, f)).flatten(1))
+    if len(roots) == 0:                 # without recall a loop need not have one (R6)
+        return torch.zeros(0, dtype=torch.float64)
+    gap = torch.eye(f.start.shape[1]) - jacobian(f, roots)
+    return torch.linalg.svdvals(gap)[:, -1]
+
+
+@claim("I1", "input-dependence", seconds=20)
 def i1(seed, quick, zeroed=False):
     """Fixed points are isolated for almost all weights, hence countable.
 
@@ -617,30 +643,16 @@ def i1(seed, quick, zeroed=False):
                     note=note)
         yield check(f"{D}-D: least sigma_min(I - J)", min(sigma), at_least=1e-8)
 
-    # the block without recall, all of whose fixed points have tokens of rms 1
+    # the block without recall: no map of a box, so no index
     starts = 60 if quick else 200
-
-    def block(i, zeroed):
-        """-> sigma_min(I - J) at each root that Newton's method finds."""
-        f = untrained(100 * seed + i, "outer", "none", width=8, inputs=starts)
-        if zeroed:
-            for layer in (f.model.blocks[0].attn.out, f.model.blocks[0].mlp[2]):
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        roots = newton_roots(f, N(per_token(f.start, f)).flatten(1))
-        if len(roots) == 0:             # without recall a loop need not have one (R6)
-            return torch.zeros(0, dtype=torch.float64)
-        gap = torch.eye(f.start.shape[1]) - jacobian(f, roots)
-        return torch.linalg.svdvals(gap)[:, -1]
-
     blocks = 3 if quick else 8
-    sigma = [block(i, zeroed) for i in range(blocks)]
+    sigma = [isolation(100 * seed + i, starts, zeroed) for i in range(blocks)]
     note = "found in each: " + " ".join(str(len(found)) for found in sigma)
     sigma = torch.cat(sigma)
     name = f"{blocks} blocks of width 8"
     yield check(f"{name}: fixed points found", len(sigma), at_least=1, note=note)
     yield check(f"{name}: least sigma_min(I - J)", sigma.min(), at_least=1e-8)
-    continuum = block(0, zeroed=True)
+    continuum = isolation(100 * seed, starts, zeroed=True)
     yield control(f"zeroed block: fixed points found from {starts} starts", len(continuum),
                   at_least=starts / 2)
     yield control("zeroed block: largest sigma_min(I - J)", continuum.max(), at_most=1e-8)
@@ -667,6 +679,20 @@ def tanh_path(seed, recall, n, loops, asymmetry=0.0):
     return place[step < 1e-12], s[step < 1e-12]
 
 
+def staircase(seed, recall, n, loops):
+    """tanh_path for three networks -> share of inputs that converge, lengths of the steps between
+    the limits of neighbours, distinct limits per input (the least of the three)."""
+    shares = []
+    steps = []
+    limits = []
+    for asymmetry in (0, 0.25, 0.5):
+        _, s = tanh_path(seed, recall, n, loops, asymmetry)
+        shares.append(len(s) / n)
+        steps.append(s.diff(dim=0).abs().amax(1))
+        limits.append(distinct(s) / max(1, len(s)))
+    return sum(shares) / 3, torch.cat(steps), min(limits)
+
+
 def matrix_with_top(top, draw, D=16):
     """A random real matrix, not symmetric, whose dominant eigenvalue is top (or top, conj(top))."""
     values = torch.zeros(D, D, dtype=torch.float64)
@@ -681,7 +707,7 @@ def matrix_with_top(top, draw, D=16):
     return V @ values @ torch.linalg.inv(V)
 
 
-@claim("I2", "input-dependence", seconds=5)
+@claim("I2", "input-dependence", seconds=3)
 def i2(seed, quick, recall=0.0):
     """Countable fixed points allow no strong input-dependence, in any spectral regime.
 
@@ -703,6 +729,8 @@ def i2(seed, quick, recall=0.0):
         for rho in (0.5, 0.99, 1 - 1e-4, 1, 1 + 1e-4, 1.01, 2):
             A = matrix_with_top(rho * sign, draw)
             loops = 600 if rho == 1 else 300 + math.ceil(30 / abs(math.log(rho)))
+
+            # many loops at once, and whether one more still moves the state
             h = e @ torch.linalg.matrix_power(A.T, loops) + recall * e
             still = moved(h @ A.T, h) < CONVERGED
             arrived[rho] = still.double().mean()
@@ -720,44 +748,39 @@ def i2(seed, quick, recall=0.0):
         else:
             yield check(f"{kind}, rho = 1: share of inputs that converge", arrived[1], equals=0)
 
+    # along a path of inputs: either a step changes nothing, or it jumps to another fixed point
     n = 501 if quick else 2001
     loops = 1500 if quick else 4000
-    for name, strength in (("tanh", recall), ("with recall", 4.0)):
-        steps = []
-        limits = []
-        reached_share = []
-        for asymmetry in (0, 0.25, 0.5):
-            _, s = tanh_path(seed, strength, n, loops, asymmetry)
-            steps.append(s.diff(dim=0).abs().amax(1))
-            limits.append(distinct(s) / max(1, len(s)))
-            reached_share.append(len(s) / n)
-        steps = torch.cat(steps)
-        slides = (steps > 1e-9) & (steps < 0.1)
-        jumps = (steps > 1e-9).double().mean()
-        if name == "tanh":
-            # the symmetric network alone makes a third
-            yield check("tanh, 3 networks: share of inputs that converge",
-                        sum(reached_share) / 3, at_least=0.3)
-            yield check("tanh: steps along the path that move the limit by 1e-9 to 0.1",
-                        slides.sum(), equals=0)
-            yield check("tanh: share of steps that move it at all", jumps, at_most=0.05)
-        else:
-            yield control("with recall, share of steps that move the limit", jumps, equals=1)
-            yield control("with recall, distinct limits per input, least", min(limits), equals=1)
+    share, steps, _ = staircase(seed, recall, n, loops)
+    slides = (steps > 1e-9) & (steps < 0.1)
+    moves = (steps > 1e-9).double().mean()
+    # the symmetric network alone makes a third
+    yield check("tanh, 3 networks: share of inputs that converge", share, at_least=0.3)
+    yield check("tanh: steps along the path that move the limit by 1e-9 to 0.1", slides.sum(),
+                equals=0)
+    yield check("tanh: share of steps that move it at all", moves, at_most=0.05)
+
+    _, steps, limits = staircase(seed, 4.0, n, loops)
+    slides = (steps > 1e-9) & (steps < 0.1)
+    moves = (steps > 1e-9).double().mean()
+    yield control("with recall, share of steps that move the limit", moves, equals=1)
+    yield control("with recall, share of steps that move it by 1e-9 to 0.1", slides.double().mean(),
+                  at_least=0.3)
+    yield control("with recall, distinct limits per input, least", limits, equals=1)
 
 
 def forgetting(norm, seed):
-    """Power of k in |dN(h_k)/de v| without recall, k = 25 to 200, median of 8 models."""
+    """Powers [8] of k in |dN(h_k)/de v| of 8 models without recall, k = 25 to 200."""
     marks = [25, 50, 100, 200]
     sizes = []
     for i in range(8):
         f = untrained(8 * seed + i, norm, "none", SMALL, inputs=8)
         _, _, seen = sensitivity(f, marks, seed)
         sizes.append(seen.norm(dim=-1).log().mean(1))
-    return slope([math.log(k) for k in marks], torch.stack(sizes, 1)).median()
+    return slope([math.log(k) for k in marks], torch.stack(sizes, 1))
 
 
-@claim("I3", "input-dependence", seconds=20)
+@claim("I3", "input-dependence", seconds=16)
 def i3(seed, quick, norm="outer", recall="none"):
     """The real block without recall forgets: under outer norm at the rate log rho(J*), else slowly.
 
@@ -785,16 +808,18 @@ def i3(seed, quick, norm="outer", recall="none"):
             continue
         f = f.on(f.e[arrived][:1])
         h = h[arrived][:1]
+
+        # are the tokens equal?
         tokens = per_token(h, f)
         spreads.append((tokens - tokens[:, :1]).abs().max())
 
-        # the rate over the second half of the loops where |dh_k/de| is above its noise of 1e-10
+        # the rate where v <- J v holds, near the limit, and |dh_k/de| is above its noise of 1e-10
         J = jacobian(f, h)[0]
         w = left_eigenvector(J)
-        _, d, _ = sensitivity(f, range(1, 301), seed)
+        path, d, _ = sensitivity(f, range(1, 801), seed)
         memory = (d[:, 0].to(w.dtype) @ w).abs().log()
-        k = (d[:, 0].norm(dim=1) > 1e-7).nonzero()[:, 0]
-        k = k[len(k) // 2:]
+        near = (path[:, 0] - h).norm(dim=1) < 1e-3
+        k = (near & (d[:, 0].norm(dim=1) > 1e-7)).nonzero()[:, 0]
         errors.append((slope(k, memory[k]) - radius(J).log()).abs())
     note = " ".join(f"{float(s):.2f}" for s in share)
     yield check(f"{models} models: share of inputs that converge", sum(share) / models,
@@ -802,13 +827,14 @@ def i3(seed, quick, norm="outer", recall="none"):
     yield check("most distinct limits of one model's inputs", max(limits), at_most=4)
     yield check("models whose tokens all end equal", sum(s < 1e-6 for s in spreads), at_least=1)
     yield check("|rate of dh_k/de - log rho(J*)|", max(errors, default=math.nan), equals=0,
-                within=0.02)
+                within=1e-3)
 
     # no limit to speak of under pre: the direction that a head sees forgets like a power of k
-    power = forgetting("pre", seed)
-    yield check("pre + none: power of k in |dN(h_k)/de|, median of 8", power, equals=-0.5,
-                within=0.5)
-    yield control("outer + none: that power, median of 8", forgetting("outer", seed), at_most=-1)
+    powers = forgetting("pre", seed)
+    yield check("pre + none: power of k in |dN(h_k)/de|, median of 8", powers.median(), at_most=0)
+    yield check("pre + none: ... the fastest of 8", powers.min(), at_least=-1)
+    # of eight outer-norm models most converge; those that cycle need not forget
+    yield control("outer + none: ... the fastest of 8", forgetting("outer", seed).min(), at_most=-2)
 
     f = untrained(seed, "outer", "internal", width, gain=STRONG)
     h, d, _ = sensitivity(f, (100, 200), seed)
@@ -817,7 +843,7 @@ def i3(seed, quick, norm="outer", recall="none"):
     yield control("internal recall, |dh_k/de|, k = 200 / k = 100", kept, equals=1, within=1e-2)
 
 
-@claim("I5", "input-dependence", seconds=10)
+@claim("I5", "input-dependence", seconds=2)
 def i5(seed, quick, norm="outer", recalls=("internal", "external")):
     """With recall the limit is smooth in the input: dh*/de = (I - J)^-1 df/de.
 
@@ -843,6 +869,8 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
     for recall in recalls:
         f = untrained(seed, norm, recall, width, inputs=1, gain=STRONG)
         h = limit(f)
+
+        # the implicit function theorem, and one linear map G for all directions
         J = jacobian(f, h)[0]
         J_e = jacobian(lambda e, f=f, h=h: f.on(e)(h), f.start)[0]
         G = torch.linalg.solve(torch.eye(n) - J, J_e)
@@ -853,6 +881,7 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
                     within=1e-6)
         yield check(f"{norm} + {recall}: rank of dh*/de, L D = {n}", rank, equals=n - TOKENS)
 
+    # the first of nine models without recall whose input converges
     for i in range(9):
         memory = differences(untrained(10 * seed + i, norm, "none", width, inputs=1)).norm()
         if memory.isfinite():
@@ -877,6 +906,7 @@ def g1(seed, quick, norm="outer", eps=1e-6):
     g = layer.weight.detach()
     J = jacobian(layer, u)[0]
 
+    # sigma by its definition, not read off the layer
     sigma = (u.square().sum() / D + eps).sqrt()
     formula = g[:, None] * (torch.eye(D) - u.T @ u / (D * sigma ** 2)) / sigma
     values = torch.linalg.svdvals(J / g[:, None])
@@ -886,6 +916,7 @@ def g1(seed, quick, norm="outer", eps=1e-6):
     yield check("other singular values times sigma, least", values[-2] * sigma, equals=1,
                 within=1e-12)
 
+    # in the loop: one radial direction for each token
     for kind, zeros, judge in ((norm, TOKENS, check), ("pre", 0, control)):
         f = untrained(seed, kind, "external", SMALL, inputs=1)
         h, _ = iterate(f, f.start, 100)
@@ -927,7 +958,7 @@ def unbounded_gradients(head, seed, width, K):
     return rate, (late.norm() / early.norm()).log2()
 
 
-@claim("G2", "geometry", seconds=30)
+@claim("G2", "geometry", seconds=5)
 def g2(seed, quick, norm="outer"):
     """Backpropagation through K loops is stable with recall + outer norm, and only luck without.
 
@@ -982,7 +1013,7 @@ def g2(seed, quick, norm="outer"):
                   at_least=0.5)
 
 
-@claim("G3", "geometry", seconds=10)
+@claim("G3", "geometry", seconds=4)
 def g3(seed, quick, norm="outer"):
     """Stronger recall smooths: under outer norm rho(J*) falls, in the end like a power of |W_e|.
 
@@ -999,6 +1030,7 @@ def g3(seed, quick, norm="outer"):
         return radius(jacobian(f, h))[step < CONVERGED].mean()
 
     for recall, power in (("internal", -2), ("external", -1)):
+        # the mean over models, from weak recall to far beyond what is trained
         rho = {}
         for gain in (1, 4, 16, 256, 1024):
             loops = [untrained(10 * seed + i, norm, recall, width, inputs=2, gain=float(gain))
@@ -1032,7 +1064,7 @@ def settles(a, b, norm):
     return a.abs() < 1
 
 
-@claim("G5", "geometry", seconds=10)
+@claim("G5", "geometry", seconds=2)
 def g5(seed, quick, norm="outer"):
     """Outer norm turns the order of internal and external recall round, from sigma = 0.5 on.
 
@@ -1049,6 +1081,7 @@ def g5(seed, quick, norm="outer"):
     sigmas = (0.1, 0.25, 0.5, 1, 2)
     x, y = torch.tensor(sigmas).repeat_interleave(n) * draw(2, len(sigmas) * n)
 
+    # simulate all weights, and compare those that are not on an edge with the prediction
     arrived = {}
     for recall in ("internal", "external"):
         a, b = scalar_loop(recall, x, y)
@@ -1062,12 +1095,14 @@ def g5(seed, quick, norm="outer"):
                 agree = (hit == settles(a, b, "outer"))[clear].double().mean()
                 yield check(f"{recall}, {clear.sum()} weights: share as predicted", agree, equals=1)
 
+    # where it is not reached: a = -1
     b = torch.tensor([[1.5], [0.5]])
     e, s = N(draw(2, 2, 8))
     s, _ = iterate(lambda s: N(b * e - s, norm), s, 2000)
     off = ((s * e).mean(1) - b[:, 0] / 2).abs().max()
     yield check("two-cycle, b / 2|a| = 0.75, 0.25: cos(s, e) off by", off, equals=0, within=1e-6)
 
+    # the order of the two, counted
     for i, sigma in enumerate(sigmas):
         internal = arrived["internal", norm][i]
         external = arrived["external", norm][i]
@@ -1108,19 +1143,20 @@ def axes_of(f, seed, loops):
     return converges, depends, bool(smooth)
 
 
-@claim("axes", "all three axes", seconds=100)
+@claim("axes", "all three axes", seconds=60)
 def axes(seed, quick, swap=None, blocks=None):
     """The untrained block: how often a cell of 4 norms x 3 recalls has all three axes.
 
     Paper's abstract: never without recall, reliably so with recall + outer norm. Seen on random
     weights of width 32, not proved: pre and peri drift (R3) or hang on rho(W_h) (R2), outer norm
     without recall forgets (I3). "Reliably" is a matter of recall strength (R5): the shares at gain
-    1, 2, 4, 8 and 16 are in the table with 95 % intervals; external recall is not reliable at 1.
+    1, 2, 4, 8 and 16 are in the table with 95 % intervals. At gain 1 neither recall is reliable,
+    external less than internal; nothing is claimed there but that stronger recall is no worse.
     """
     blocks = blocks or (6 if quick else 16)
     loops = 500 if quick else 1000
 
-    def row(norm, recall, gain=1.0, rho=None, count=blocks, judge=check, **bounds):
+    def row(norm, recall, gain=1.0, rho=None, count=blocks, **bounds):
         found = []
         for i in range(count):
             model_seed = 1000 * seed + i
@@ -1133,24 +1169,30 @@ def axes(seed, quick, swap=None, blocks=None):
         if rho is not None:
             name += f", rho(W_h) {rho:g}"
         note = f"{low:.2f} to {high:.2f}; each axis: {each} of {count}"
-        return judge(f"{name}: share with all three", all_three / count, note=note, **bounds)
+        return check(f"{name}: share with all three", all_three / count, note=note, **bounds)
 
+    # cells that lack an axis, or have it by the luck of rho(W_h)
     few = min(blocks, 3 if quick else 5)
     others = ("pre",) if quick else ("pre", "peri")
     for norm in others:
         yield row(norm, "none", count=few, equals=0)
         yield row(norm, "internal", gain=16.0, count=few, equals=0)
-        yield row(norm, "external", gain=16.0, rho=1.2, count=few, equals=0)
+        yield row(norm, "external", gain=16.0, rho=1.5, count=few, equals=0)
         yield row(norm, "external", gain=16.0, rho=0.3, count=few, at_least=0.6)
 
+    # outer norm, by recall strength; bounds leave room for the binomial noise of so few blocks
     yield row("outer", "none", equals=0)
-    least = {1.0: 0.3, 2.0: 0.4, 4.0: 0.6, 8.0: 0.8, 16.0: 0.8}
-    for gain in (1.0, 16.0) if quick else least:
-        yield row("outer", "internal", gain=gain, at_least=least[gain])
-        if gain == 1:
-            yield row("outer", "external", gain=gain, judge=control, at_most=0.9)
-        else:
-            yield row("outer", "external", gain=gain, at_least=least[gain])
+    least = {2.0: 0.4, 4.0: 0.6, 8.0: 0.8, 16.0: 0.8}
+    for recall in ("internal", "external"):
+        weak = row("outer", recall, gain=1.0, at_most=0.9)
+        if recall == "external":
+            yield weak._replace(what=f"control: {weak.what}")
+        for gain in (16.0,) if quick else least:
+            strong = row("outer", recall, gain=gain, at_least=least[gain])
+            yield strong
+        gained = float(strong.measured) - float(weak.measured)
+        yield check(f"outer + {recall}: share at gain 16 - at gain 1", gained, at_least=0,
+                    note=f"at gain 1: {weak.note}")
     if not quick:
         yield row("sandwich", "none", count=few, equals=0)
         for recall in ("internal", "external"):
