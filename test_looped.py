@@ -3190,7 +3190,7 @@ def test_the_two_claims_about_runs_on_the_command_line(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    options = dict(bits=6, hard_bits=8, n_train=8, n_val=8, n_test=8, n_hard=8, width=16, heads=2,
+    options = dict(bits=8, hard_bits=10, n_train=8, n_val=8, n_test=8, n_hard=8, width=16, heads=2,
                    recall_gain=8.0, steps=1, loops=2, grad_loops=1, batch=4, warmup=0,
                    eval_loops=4, device="cpu", out=folder)
     argv = [text for key, value in options.items() for text in (f"--{key}", str(value))]
