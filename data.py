@@ -109,7 +109,8 @@ class Task:
     def chunk(self, seed, index):
         """-> {"easy": Puzzles, "hard": Puzzles}, lot number `index` of the puzzles of a seed.
 
-        It depends on seed, index and options alone, and holds a fixed amount of work.
+        It depends on seed, index and options alone, and holds a fixed amount of work. No puzzle
+        may be easy in one lot and hard in another, also not in lots of another seed.
         """
         raise NotImplementedError
 

@@ -83,7 +83,7 @@ def option(default, help, choices=(), low=None, group=None, tasks=()):
 class Config:
     """Options of a run. None means: the task's own default (DEFAULTS, near the end of the file).
 
-    An option of a task has the name of its field in data.py. Raises LoopedError.
+    Raises LoopedError.
     """
 
     # task and data
@@ -149,7 +149,7 @@ class Config:
     preset: str = option(None, "the authors' protocol; other flags win over it", ("paper",))
 
     def __post_init__(self):
-        defaults = DEFAULTS.get(self.task, {})
+        defaults = DEFAULTS.get(self.task, BOARD)
         if self.task == "sudoku":
             defaults = defaults | SIDE_DEFAULTS.get(self.side, {})
         for field in dataclasses.fields(self):
@@ -158,7 +158,10 @@ class Config:
             self.check(field)
 
         # RoPE turns pairs of channels, and each axis of the grid has its share of them
-        grid = self.make_task().grid
+        task = self.make_task()
+        grid = task.grid
+        if self.window is None:
+            self.window = task.window
         pairs = 2 * len(grid)
         if self.width % (self.heads * pairs) != 0:
             raise LoopedError(f"--width {self.width}: must be a multiple of --heads times {pairs}, "
@@ -188,9 +191,9 @@ class Config:
                 raise LoopedError(f"--{field.name} {value}: must be between {low} and 2^63")
 
     def make_task(self):
-        """-> the data.Task with its options set as here."""
+        """-> the data.Task; its options are those fields that have the same name here."""
         task = data.TASKS[self.task]
-        names = [field.name for field in dataclasses.fields(task)]
+        names = [field.name for field in dataclasses.fields(task) if hasattr(self, field.name)]
         return dataclasses.replace(task, **{name: getattr(self, name) for name in names})
 
 
@@ -406,13 +409,13 @@ class LoopedTransformer(nn.Module):
         """
         recall = self.cfg.recall
         norm = self.cfg.norm
+        if recall not in ("none", "external", "internal"):      # a new one: its name here, too
+            raise ValueError(f"recall {recall!r} has no branch in LoopedTransformer.step")
         for block in self.blocks:
 
             # external recall: the residual stream itself is mixed with the input
             if recall == "external":
                 h = (self.W_h(h) + r).to(h.dtype)       # h <- W_h h + W_e e
-            elif recall not in ("none", "internal"):
-                raise ValueError(f"recall {recall!r} has no branch in LoopedTransformer.step")
 
             for sublayer in (block.attn, block.mlp):
 
@@ -549,32 +552,35 @@ def get_lr(cfg, step):
 
 
 def configure_optimizers(model, cfg):
-    """-> the optimizers that take a step together. Biases and norms have no weight decay."""
+    """-> the optimizers that take a step together. Biases and norms have no weight decay.
+
+    lr_scale is the rate of a group of parameters, relative to that of the schedule.
+    """
     vectors = [p for p in model.parameters() if p.dim() < 2]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    hidden = []
-    if cfg.optimizer == "muon":
+    on_mps = vectors[0].device.type == "mps"
+    if cfg.optimizer == "adamw":
+        groups = [
+            {"params": matrices, "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
+            {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+        ]
+        return [torch.optim.AdamW(groups, fused=not on_mps)]
+    elif cfg.optimizer == "muon":
         # Muon (Jordan et al., 2024) makes the update of a matrix orthogonal; that is meant for
         # maps from hidden to hidden channels, not for embeddings and the last layer
         ends = [model.tok_emb.weight, model.pos_emb, model.head[-1].weight]
         hidden = [p for p in matrices if not any(p is end for end in ends)]
-        matrices = [p for p in matrices if any(p is end for end in ends)]
-    elif cfg.optimizer != "adamw":
+        others = [p for p in matrices if any(p is end for end in ends)]
+        # half of Muon's rate was a good one for the rest, among the few that were tried
+        groups = [
+            {"params": others, "weight_decay": cfg.weight_decay, "lr_scale": 0.5},
+            {"params": vectors, "weight_decay": 0.0, "lr_scale": 0.5},
+        ]
+        muon = torch.optim.Muon([{"params": hidden, "lr_scale": 1.0}],
+                                weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+        return [torch.optim.AdamW(groups, fused=not on_mps), muon]
+    else:
         raise ValueError(f"optimizer {cfg.optimizer!r} has no branch in configure_optimizers")
-
-    # beside Muon, AdamW has half its rate
-    scale = 0.5 if hidden else 1.0
-    groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay, "lr_scale": scale},
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": scale},
-    ]
-    on_mps = vectors[0].device.type == "mps"
-    optimizers = [torch.optim.AdamW(groups, fused=not on_mps)]
-    if hidden:
-        groups = [{"params": hidden, "lr_scale": 1.0}]
-        optimizers.append(torch.optim.Muon(groups, weight_decay=cfg.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
-    return optimizers
 
 
 def save_checkpoint(out, checkpoint):
@@ -627,7 +633,7 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
             rng.set_state(state["rng"].cpu())
         if state["carry"] is not None and world == 1:
             carry = {name: tensor.to(device) for name, tensor in state["carry"].items()}
-    if cfg.train == "carry" and carry is None:
+    if cfg.train != "progressive" and carry is None:
         batch = get_batch(task, x_all, y_all, cfg.batch, rng, rank, world)
         carry = start_carry(model, cfg, batch, rank, world)
 
@@ -737,8 +743,9 @@ def read_checkpoint(path, device="cpu"):
         if not isinstance(state["step"], int) or not 0 <= state["step"]:
             raise ValueError(f"step {state['step']!r}")
     except Exception as error:      # torch raises a dozen kinds for truncated and foreign files
+        reason = " ".join(str(error).split())
         raise LoopedError(f"{path}: broken or not a checkpoint of looped.py "
-                          f"({str(error).splitlines()[0]:.80})") from None
+                          f"({reason:.200})") from None
     return state, model.to(device).eval().requires_grad_(False)
 
 
@@ -973,12 +980,12 @@ def mark_token(labels, shown, y, i, text):
 # -----------------------------------------------------------------------------
 # defaults of the tasks, and the authors' protocol
 
-BOARD = dict(n_train=20000, n_hard=256, width=64, window=0, loops=30, grad_loops=3, steps=8000,
+# a task without a line of its own has these
+BOARD = dict(n_train=20000, n_hard=256, width=64, loops=30, grad_loops=3, steps=8000,
              batch=64, optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25)
 DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, window=5, loops=21, grad_loops=3,
-                        steps=800, batch=100, optimizer="adamw", lr=1e-3, eval_loops=500,
-                        damping=0.0),
+    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=800,
+                        batch=100, optimizer="adamw", lr=1e-3, eval_loops=500, damping=0.0),
     "sudoku": BOARD,
     "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
                           eval_loops=64),
@@ -1054,7 +1061,10 @@ def configure(given):
         state, model = read_checkpoint(given["resume"])
         base = {name: value for name, value in state["config"].items() if name not in OF_ONE_CALL}
     elif given.get("preset") == "paper":
-        base = PAPER_PRESET.get(given.get("task", "prefix_sums"), {})
+        task = given.get("task", "prefix_sums")
+        if task in data.TASKS and task not in PAPER_PRESET:
+            raise LoopedError(f"--preset paper: {task} is no task of the paper")
+        base = PAPER_PRESET.get(task, {})
     cfg = Config(**(base | given))
 
     for field in dataclasses.fields(Config):
