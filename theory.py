@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1412,13 +1413,19 @@ def runs_table(path, seed):
 # tables and the command line
 
 def print_head(title):
-    print(f"\n{title:67} {'predicted':>10} {'measured':>10} {'within':>6}")
+    print(f"\n{title:52} {'predicted':>10} {'measured':>10}")
 
 
 def print_row(row):
+    """In 80 columns: a long statement, and a note, have lines of their own."""
+    what = f"{row.claim:4} {row.what}"
+    if len(what) > 52:
+        print(what)
+        what = ""
     verdict = "PASS" if row.passed else "FAIL"
-    print(f"{row.claim:4} {row.what:62} {row.predicted:>10} {row.measured:>10} {row.within:>6} "
-          f"{verdict}  {row.note}".rstrip(), flush=True)
+    print(f"{what:52} {row.predicted:>10} {row.measured:>10}  {verdict}", flush=True)
+    if row.note:
+        print(textwrap.fill(row.note, 80, initial_indent="     ", subsequent_indent="     "))
 
 
 def claims_table(names, seed, quick):

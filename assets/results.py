@@ -194,25 +194,16 @@ def runs_table(raw, *patterns):
 
 
 def front_table(raw, *patterns):
-    """The same for the front page: task and variant in words, and less of the rest."""
-    head = [
-        "task",
-        "recall, norm",
-        "seeds",
-        "easy",
-        "hard",
-        "hard, all seeds",
-        "training, minutes",
-    ]
+    """For the front page: a row for each group of seeds, and one for its retries if it has them."""
+    head = ["task", "recall, norm", "seeds", "easy", "hard", "hard, all seeds", "minutes"]
     rows = []
     for runs in find_groups(raw, patterns).values():
         config = runs[0].result["config"]
-        task = config["task"]
-        if task == "prefix_sums":
-            task = f"prefix sums, {config['bits']} to {config['hard_bits']} bits"
-        elif task == "sudoku":
-            task = f"sudoku {config['side']}x{config['side']}"
-        minutes = [run.result["minutes"] for run in runs]
+        task = {
+            "prefix_sums": f"prefix sums, {config['bits']} bits, hard: {config['hard_bits']}",
+            "sudoku": f"sudoku {config['side']}x{config['side']}",
+            "chess": "chess, mates in one, hard: in two",
+        }.get(config["task"], config["task"])
         rows.append(
             [
                 task,
@@ -221,10 +212,23 @@ def front_table(raw, *patterns):
                 spread([run.exact("easy") for run in runs]),
                 spread([run.exact("hard") for run in runs]),
                 pooled(runs, "hard"),
-                spread(minutes, ".1f"),
+                spread([run.result["minutes"] for run in runs], ".1f"),
             ]
         )
+        if config.get("tries", 1) > 1:
+            rows.append(retries_row(runs, config["tries"]))
     return markdown(head, rows)
+
+
+def retries_row(runs, tries):
+    """What the runs solve with so many tries, and the loops that a hard puzzle then takes."""
+    easy = [run.halting("easy")[0] for run in runs]
+    hard, _, loops, n = zip(*[run.halting("hard") for run in runs], strict=True)
+    hits = round(sum(share * count for share, count in zip(hard, n, strict=True)))
+    low, high = wilson(hits, sum(n))
+    cost = f"{np.mean(loops):.0f} loops a hard board"
+    pool = f"{hits:,} of {sum(n):,} [{low:.3f}, {high:.3f}]"
+    return [f"... up to {tries} tries", cost, len(runs), spread(easy), spread(hard), pool, ""]
 
 
 def loops_table(raw, *patterns):
