@@ -14,7 +14,7 @@ After the abstract and the public code of "Stability and Generalization in Loope
     python looped.py --task chess --preset paper            # GPU: the authors' protocol
 
 The whole idea is in LoopedTransformer.step (where does the input come in again, and where is the
-norm?) and in carry_loss (how to train a loop without unrolling it). Notation:
+norm?) and in carry_loss (how to train a loop without unrolling all of it). Notation:
 
     x [B, L]     token ids           B  puzzles in a batch
     y [B, L]     labels              L  tokens of a puzzle
@@ -473,11 +473,11 @@ def carry_loss(model, task, cfg, batch, carry):
     each step. The states that a step leaves behind are detached and carried over, until a puzzle
     has had cfg.loops loops (rounded up to whole steps); then it is replaced by a new one.
 
-    This is allowed because what counts is the fixed point. Where the loop contracts, that is where
-    the spectral radius of dh_{t+1}/dh_t is below 1, the state hardly depends on its path, so that
-    a state of slightly older weights is as good a start as a new one; and the gradient terms that
-    are cut off shrink geometrically. (Without recall the answer has to depend on the path, and the
-    argument does not hold.)
+    This is allowed because what counts is the fixed point. Near one that attracts, where the
+    spectral radius of dh_{t+1}/dh_t is below 1, the state forgets its path, so that a state of
+    slightly older weights is as good a start as a new one; and the gradient terms that are cut off
+    shrink geometrically, the sooner the smaller that radius is. (Without recall the answer has to
+    depend on the path, and the argument does not hold.)
 
     batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops that a
     puzzle has had} -> loss, new carry.
@@ -540,7 +540,7 @@ def get_batch(task, x_all, y_all, batch, rng, rank=0, world=1):
 
 
 def get_lr(cfg, step):
-    """The learning rate at a step, counted from 0."""
+    """The learning rate at a step, counted from 0. (More --steps on resume stretch the decay.)"""
     warm = (step + 1) / max(1, cfg.warmup)
     if cfg.decay == "linear":
         return cfg.lr * min(1.0, warm) * (1 - step / cfg.steps)
@@ -640,7 +640,7 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
     # losses call the wrapper, so that gradients are averaged over all processes
     wrapper = model
     if world > 1:
-        # the embedding has no gradient when the paper's loss starts from a given state
+        # without recall the embedding has no gradient where the loss starts from a given state
         wrapper = DistributedDataParallel(model, find_unused_parameters=True)
 
     def checkpoint(step):
@@ -652,8 +652,8 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
             "best": best_weights, "best_val": best_val,
         }
 
-    if state is None and rank == 0:
-        save_checkpoint(out, checkpoint(0))     # from here on a run that is stopped can go on
+    if rank == 0 and not (out / "ckpt.pt").exists():
+        save_checkpoint(out, checkpoint(first_step))    # from here on the run can be resumed
     clock = time.time()
     timed_steps = 0
     for step in range(first_step, cfg.steps):
@@ -1158,7 +1158,9 @@ def own_folder(cfg):
         out = home_of(cfg.resume)
     out.mkdir(parents=True, exist_ok=True)
 
-    if cfg.resume is None or not out.samefile(home_of(cfg.resume)):
+    here = out.resolve()
+    goes_on = cfg.resume is not None and Path(cfg.resume).resolve() in (here, here / "ckpt.pt")
+    if not goes_on:
         try:
             open(out / "log.jsonl", "x").close()    # of two runs at the same time, one succeeds
         except FileExistsError:
@@ -1218,11 +1220,11 @@ def run_training(cfg, state):
         if rank == 0:
             state, model = read_checkpoint(out, device)
             save_evaluation(cfg, state, model, sets, out)
-    except KeyboardInterrupt:
-        if rank > 0:
+    except (KeyboardInterrupt, data.DataError) as error:
+        if rank == 0 and not (out / "ckpt.pt").exists():
+            (out / "log.jsonl").unlink(missing_ok=True)     # nothing was done: release the folder
             raise
-        if not (out / "ckpt.pt").exists():
-            (out / "log.jsonl").unlink()    # nothing was done: release the folder
+        if rank > 0 or isinstance(error, data.DataError):
             raise
         again = f"python looped.py --resume {shlex.quote(str(out))}"
         raise LoopedError(f"stopped; resume from the last validation with: {again}",
