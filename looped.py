@@ -117,7 +117,7 @@ class Config:
     # training
     train: str = option("carry", "the loss: hand states on, or the paper's",
                         ("carry", "progressive"), group="training")
-    loops: int = option(None, "loops that a puzzle gets in training")
+    loops: int = option(None, "loops of a puzzle in training (and in validation)")
     grad_loops: int = option(None, "carry: loops in a step, all with gradient")
     steps: int = option(None, "optimizer steps")
     batch: int = option(None, "puzzles in a step")
@@ -127,7 +127,7 @@ class Config:
     decay: str = option("linear", "linear to 0, or x0.1 after 60 % of the steps",
                         ("linear", "step"))
     warmup: int = option(50, "steps of warm-up", low=0)
-    weight_decay: float = option(0.01, "on matrices only", low=0)
+    weight_decay: float = option(0.01, "on matrices and embeddings", low=0)
     clip: float = option(1.0, "largest norm of the gradient")
 
     # evaluation
@@ -277,8 +277,8 @@ def constant_tables(*shape):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, full or windowed. q and k are normalized before they are rotated,
-    so that only relative positions count."""
+    """Multi-head self-attention, full or windowed. q and k are normalized, then rotated (RoPE), so
+    that only relative positions count."""
 
     def __init__(self, width, heads, grid, window, rope_base):
         super().__init__()
@@ -332,7 +332,7 @@ class Block(nn.Module):
         D = cfg.width
         self.attn = Attention(D, cfg.heads, task.grid, cfg.window, task.rope_base)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
-        # each norm is shared by both sub-layers
+        # each norm, with its gain, is shared by both sub-layers
         if cfg.norm != "outer":
             self.norm_in = RMSNorm(D)
         if cfg.norm != "pre":
@@ -480,7 +480,7 @@ def carry_loss(model, task, cfg, batch, carry):
     depend on the path, and the argument does not hold.)
 
     batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops that a
-    puzzle has had} -> loss, new carry.
+    puzzle has had, see start_carry} -> loss, new carry.
     """
     new_x, new_y = batch
     over = carry["age"] >= cfg.loops
@@ -497,7 +497,7 @@ def carry_loss(model, task, cfg, batch, carry):
 def start_carry(model, cfg, batch, rank, world):
     """The first carry: new puzzles, all at h_0 = e."""
     x, y = batch
-    # staggered ages spread the replacements evenly over the steps; the first puzzles get less
+    # staggered ages spread the replacements over the steps; the first puzzles get fewer loops
     age = torch.arange(rank, cfg.batch, world, device=x.device) * cfg.loops // cfg.batch
     return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
 
@@ -604,9 +604,9 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
     """Train a model on sets["train"] and save out/ckpt.pt at each validation.
 
     sets: {"train", "val", ...: (x, y)} on the model's device. state: a checkpoint to go on from;
-    on a CPU the result is, bit for bit, that of a run which was never stopped (in one process).
-    Nothing is saved on Ctrl-C: the steps since the last validation are repeated. Raises
-    LoopedError if the loss is no longer finite; the last good checkpoint stays.
+    on a CPU, in one process and with the same options, the result is bit for bit that of a run
+    which was never stopped. Nothing is saved on Ctrl-C: the steps since the last validation are
+    repeated. Raises LoopedError if the loss is no longer finite; the last good checkpoint stays.
     """
     task = model.task
     x_all, y_all = sets["train"]

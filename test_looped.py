@@ -684,7 +684,7 @@ def test_the_report_gives_the_tests_at_the_last_loop_count_and_the_best_only_bes
 
         # the sentence: 8 puzzles, 4 loops, and the interval of the rate at 4 loops
         low, high = looped.wilson(exact[level][4], 8)
-        said = re.search(rf"{level}: .*\n +(\S+) solved at 4 loops .*?(\S+) to (\S+);.* (\d+)\)",
+        said = re.search(rf"{level}: .*\n +(\S+) solved at 4 loops .*?(\S+) to (\S+);.* (\d+) l",
                          printed.replace("\n  ", "\n "))
         assert said.groups() == (f"{exact[level][4]:.3f}", f"{low:.3f}", f"{high:.3f}", "2")
 
@@ -1400,9 +1400,11 @@ def test_bad_input_gets_one_line_that_names_it_and_nothing_is_lost(line, word, h
 def test_of_two_runs_in_one_folder_the_second_is_refused_before_there_is_a_checkpoint(
         capsys, monkeypatch):
     codes = []
+    lines = []
 
     def train_and_start_another(*args):
         codes.append(looped.main(flags(out="folder")))
+        lines.append(len(read_log("folder")))
         raise looped.LoopedError("the first run ends")
 
     monkeypatch.setattr(looped, "train", train_and_start_another)
@@ -1410,7 +1412,10 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_before_there_is_a_check
     said = capsys.readouterr().err.splitlines()
     assert codes == [2]
     assert "folder holds a run" in said[0] and "the first run ends" in said[1]
-    assert len(read_log("folder")) == 1             # the second wrote nothing
+    assert lines == [1]                     # the second wrote nothing
+
+    # the first failed before it had a checkpoint: the folder is free again
+    assert not Path("folder", "log.jsonl").exists()
 
 
 def test_a_folder_is_refused_before_puzzles_are_made_for_it(home, capsys, monkeypatch):
