@@ -1263,13 +1263,10 @@ def save_evaluation(cfg, state, model, sets, out):
           f"saved in\n{out}")
 
 
-def stop(*_):
-    raise KeyboardInterrupt
-
-
 def main(argv=None):
     """The command line -> exit code: 0, 1 for failed work, 2 for a bad request, 130 if stopped."""
-    signal.signal(signal.SIGTERM, stop)             # a cluster's stop is treated like Ctrl-C
+    # a cluster's stop is treated like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")    # for terminals that cannot show everything
     given = {}

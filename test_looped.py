@@ -3036,7 +3036,7 @@ def test_matrix_with_top_has_that_eigenvalue_and_none_larger():
 
 
 def test_wilson_against_its_definition():
-    low, high = theory.wilson(15, 16)
+    low, high = looped.wilson(15 / 16, 16)
     for p in (low, high):           # the ends solve |p - 15/16| = 1.96 sqrt(p (1 - p) / n)
         assert abs(abs(p - 15 / 16) - 1.96 * math.sqrt(p * (1 - p) / 16)) < 1e-12
     assert low < 15 / 16 < high

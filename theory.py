@@ -174,14 +174,6 @@ def slope(x, y):
     return torch.tensordot(x / x.square().sum(), y, 1)
 
 
-def wilson(hits, n):
-    """95 % interval of a share of which hits of n were seen -> low, high."""
-    z = 1.96
-    centre = (hits + z * z / 2) / (n + z * z)
-    half = z * math.sqrt(hits * (n - hits) / n + z * z / 4) / (n + z * z)
-    return centre - half, centre + half
-
-
 # --------------------------------------------------------------------------------------------------
 # the block as a map of flat states
 
@@ -1165,7 +1157,7 @@ def axes(seed, quick, swap=None, blocks=None):
             f = untrained(model_seed, swap or norm, recall, SMALL, inputs=4, gain=gain, rho=rho)
             found.append(axes_of(f, model_seed, loops))
         all_three = sum(all(triple) for triple in found)
-        low, high = wilson(all_three, count)
+        low, high = looped.wilson(all_three / count, count)
         each = ", ".join(str(sum(triple[axis] for triple in found)) for axis in range(3))
         name = f"{norm} + {recall}, gain {gain:g}"
         if rho is not None:
