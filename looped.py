@@ -641,7 +641,7 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
     wrapper = model
     if world > 1:
         # without recall the embedding has no gradient where the loss starts from a given state
-        wrapper = DistributedDataParallel(model, find_unused_parameters=True)
+        wrapper = DistributedDataParallel(model, find_unused_parameters=cfg.recall == "none")
 
     def checkpoint(step):
         """All that is needed to resume after this many steps."""
@@ -1216,6 +1216,8 @@ def run_training(cfg, state):
             describe(cfg, model, sets, out, device)
         train(cfg, model, sets, out, state, rank, world)
         if world > 1:
+            # wait for the first, or gloo's threads may still hold tensors when Python ends: abort
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         if rank == 0:
             state, model = read_checkpoint(out, device)

@@ -2858,10 +2858,38 @@ def test_g1_reads_eps_from_the_definition_not_from_the_layer(monkeypatch):
 
 
 def test_g2_tells_outer_norm_from_luck_in_every_measure_of_the_sweep():
-    bounded = theory.gradient_sweep("outer", 5, (16,))
-    lucky = theory.gradient_sweep("pre", 5, (16,))
-    assert bounded[0] < 0.1 and bounded[1] < 1
-    assert lucky[0] > 1 and lucky[1] > 1
+    power, growth, converged = theory.gradient_sweep("outer", 5, (16,))
+    assert converged.any()
+    assert power[converged].max() < 0.01 and growth[converged].max() < 1
+    power, growth, converged = theory.gradient_sweep("pre", 5, (16,))
+    assert not converged.all()
+    assert power.max() > 1 and growth.max() > 1
+
+
+def test_g2_judges_a_slow_loop_once_it_has_converged():
+    # at 40 to 80 loops the gradients of this one still grow
+    f = theory.untrained(8028, "outer", "internal", 16, inputs=1, gain=4.0)
+    loss = theory.random_loss(f, 8028)
+    sizes = [theory.gradients(f, K, loss)[1].norm() for K in (40, 80)]
+    assert sizes[1] > 2 * sizes[0]                                  # control
+    power, _, converged = theory.gradient_sweep("outer", 8028, (16,))
+    assert converged[0] and power[0] < 0.01
+
+
+def test_memory_follows_the_derivative_of_the_whole_path():
+    f = theory.untrained(1, "outer", "none", 8, inputs=1)
+    path, size, direction = theory.memory(f, 30, seed=4)
+    v = torch.nn.functional.normalize(theory.rng(4)(*f.start.shape))
+
+    def after(h):
+        for _ in range(30):
+            h = f(h)
+        return h
+    with theory.sdpa_kernel(theory.SDPBackend.MATH):
+        h, d = torch.func.jvp(after, (f.start,), (v,))
+    assert close(path[-1], h[0], atol=1e-12)
+    assert close(size[-1].exp() * direction[-1], d[0], atol=1e-7)
+    assert not close(direction[-1], direction[0], atol=1e-2)        # control
 
 
 def test_no_cell_of_the_axes_passes_with_nothing_converged():
