@@ -1007,6 +1007,8 @@ PAPER_PRESET = {
 # a resumed run keeps what shapes the model, the data and the batches; these may change
 MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "lr", "clip", "eval_loops", "eval_every",
               "tol", "damping", "tries", "device", "dtype", "compile")
+# a finished run may also be tested on other puzzles
+MAY_CHANGE_AT_THE_END = MAY_CHANGE + ("files",)
 # and these belong to one call, not to the run
 OF_ONE_CALL = ("watch", "puzzle", "out", "resume", "preset")
 
@@ -1067,11 +1069,14 @@ def configure(given):
         base = PAPER_PRESET.get(task, {})
     cfg = Config(**(base | given))
 
+    may_change = MAY_CHANGE
+    if state is not None and state["step"] == cfg.steps:
+        may_change = MAY_CHANGE_AT_THE_END
     for field in dataclasses.fields(Config):
         name, tasks = field.name, field.metadata["tasks"]
         if name in given and tasks and cfg.task not in tasks:
             raise LoopedError(f"--{name}: is an option of {', '.join(tasks)}, not of {cfg.task}")
-        if state is not None and name not in MAY_CHANGE + OF_ONE_CALL:
+        if state is not None and name not in may_change + OF_ONE_CALL:
             if getattr(cfg, name) != getattr(model.cfg, name):
                 raise LoopedError(f"--{name} {given[name]}: the run was made with "
                                   f"{getattr(model.cfg, name)}; leave the option out")

@@ -2303,6 +2303,22 @@ def many_mates(folder):
     return write_rows(folder / "many.csv", HEADER["chess"], *lines[:70])
 
 
+def test_a_finished_run_is_tested_on_another_file_but_not_trained_on_it(tmp_path, capsys):
+    many = many_mates(tmp_path)
+    other = shutil.copy(many, tmp_path / "other.csv")
+    small = {"n_train": 4, "n_val": 2, "n_test": 1, "n_hard": 4, "steps": 2}
+    argv = flags(task="chess", files=many, window=0, out="RUN", **small)
+    assert looped.main(argv) == 0
+
+    asked = ["--resume", "RUN", "--files", str(other), "--n_hard", "6"]
+    assert looped.main([*asked, "--out", "other"]) == 0
+    found = json.loads(Path("other", "eval.json").read_text())
+    assert found["config"]["files"] == str(other)
+    assert found["halting"]["hard"]["n"] == 6
+    capsys.readouterr()
+    assert "--files" in fails(capsys, [*asked, "--steps", "4"])     # control
+
+
 @pytest.mark.parametrize(
     "opener, suffix", [(open, ""), (gzip.open, ".gz"), (bz2.open, ".bz2")]
 )
