@@ -193,23 +193,30 @@ def runs_table(raw, *patterns):
     return markdown(head, rows)
 
 
+# what the two levels of a task are, in a few words; `python data.py` says it in full
+FRONT = {
+    "prefix_sums": ("prefix sums", "32 bits", "512 bits"),
+    "sudoku4": ("sudoku 4x4", "singles suffice", "they do not"),
+    "sudoku6": ("sudoku 6x6", "singles suffice", "they do not"),
+    "sudoku9": ("sudoku 9x9", "0 to 4 placements tried", "5 and more"),
+    "chess": ("chess", "mates in one", "mates in two"),
+}
+
+
 def front_table(raw, *patterns):
     """For the front page: a row for each group of seeds, and one for its retries if it has them."""
-    head = ["task", "recall, norm", "seeds", "easy", "hard", "hard, all seeds", "minutes"]
+    head = ["task", "trained on", "solved", "harder", "solved", "all seeds", "minutes"]
     rows = []
     for runs in find_groups(raw, patterns).values():
         config = runs[0].result["config"]
-        task = {
-            "prefix_sums": f"prefix sums, {config['bits']} bits, hard: {config['hard_bits']}",
-            "sudoku": f"sudoku {config['side']}x{config['side']}",
-            "chess": "chess, mates in one, hard: in two",
-        }.get(config["task"], config["task"])
+        side = config["side"] if config["task"] == "sudoku" else ""
+        task, easy, hard = FRONT[f"{config['task']}{side}"]
         rows.append(
             [
                 task,
-                f"{config['recall']}, {config['norm']}",
-                len(runs),
+                f"{easy}, {config['loops']} loops",
                 spread([run.exact("easy") for run in runs]),
+                f"{hard}, {config['eval_loops']} loops",
                 spread([run.exact("hard") for run in runs]),
                 pooled(runs, "hard"),
                 spread([run.result["minutes"] for run in runs], ".1f"),
@@ -221,14 +228,14 @@ def front_table(raw, *patterns):
 
 
 def retries_row(runs, tries):
-    """What the runs solve with so many tries, and the loops that a hard puzzle then takes."""
-    easy = [run.halting("easy")[0] for run in runs]
-    hard, _, loops, n = zip(*[run.halting("hard") for run in runs], strict=True)
-    hits = round(sum(share * count for share, count in zip(hard, n, strict=True)))
+    """What the runs solve with so many tries, and the loops that a puzzle then takes."""
+    row = [f"... up to {tries} tries"]
+    for level in LEVELS:
+        exact, _, loops, n = zip(*[run.halting(level) for run in runs], strict=True)
+        row += [f"{np.mean(loops):.0f} loops", spread(exact)]
+    hits = round(sum(share * count for share, count in zip(exact, n, strict=True)))
     low, high = wilson(hits, sum(n))
-    cost = f"{np.mean(loops):.0f} loops a hard board"
-    pool = f"{hits:,} of {sum(n):,} [{low:.3f}, {high:.3f}]"
-    return [f"... up to {tries} tries", cost, len(runs), spread(easy), spread(hard), pool, ""]
+    return [*row, f"{hits:,} of {sum(n):,} [{low:.3f}, {high:.3f}]", ""]
 
 
 def loops_table(raw, *patterns):
