@@ -1221,9 +1221,9 @@ def run_training(cfg, state):
             describe(cfg, model, sets, out, device)
         train(cfg, model, sets, out, state, rank, world)
         if world > 1:
-            # wait for the first, or gloo's threads may still hold tensors when Python ends: abort
-            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
+        if rank > 0:
+            os._exit(0)     # not Python's exit: it aborts if a thread of gloo still has a tensor
         if rank == 0:
             state, model = read_checkpoint(out, device)
             save_evaluation(cfg, state, model, sets, out)
