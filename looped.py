@@ -883,7 +883,8 @@ def wilson(rate, n, z=1.96):
 
 def report(cfg, model, sets):
     """Evaluate both test sets, print the table -> the content of eval.json."""
-    levels = data.levels(model.task, cfg.files)         # {"easy", "hard": what that means}
+    # {"easy", "hard": what that means}; an evaluation may have other options than the model had
+    levels = data.levels(cfg.make_task(), cfg.files)
     counts = sorted({2 ** i for i in range(cfg.eval_loops.bit_length())} | {cfg.eval_loops})
     result = {"config": dataclasses.asdict(cfg), "halting": {}}
     began = time.time()

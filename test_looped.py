@@ -1282,6 +1282,13 @@ def test_weights_alone_can_be_evaluated_but_not_trained_on(home, capsys):
     assert "weights only" in fails(capsys, ["--resume", "small.pt", "--steps", "9"])
 
 
+def test_the_table_says_what_was_tested_now_not_what_was_once(home, capsys):
+    assert looped.main(["--resume", "RUN"]) == 0
+    assert "hard: 24 bits" in capsys.readouterr().out                   # control
+    assert looped.main(["--resume", "RUN", "--hard_bits", "30"]) == 0
+    assert "hard: 30 bits" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_evaluated_again_without_losing_its_first_table(home, capsys):
     before = Path("RUN/eval.json").read_bytes()
     assert looped.main(["--resume", "RUN", "--eval_loops", "8", "--n_hard", "5"]) == 0
