@@ -3265,6 +3265,9 @@ def test_measurements_of_a_run(tiny_run, tmp_path, capsys):
     assert found["converged"] == 1 and found["distinct"] == 8
     assert found["swapped_to_new"] < 1e-8 < found["swapped_to_old"]
     assert found["from_random_start"] < 1e-8
+    assert found["return_after_push"] == 1
+    assert (found["line_pairs"], found["line_equal"]) == (100, 0)
+    assert found["line_least_change"] > 1e-6
     assert max(found["rho"]) < 1 and len(found["rho"]) == 3
     assert set(theory.RECORD) <= set(found)
 
@@ -3272,6 +3275,16 @@ def test_measurements_of_a_run(tiny_run, tmp_path, capsys):
     hard = json.loads((tiny_run / "eval.json").read_text())["hard"]
     assert found["hard"] == hard["4"]["exact"]
     assert 0 < found["norm_ratio"] < 2
+
+
+def test_a_model_that_gets_no_input_has_one_limit_on_a_line_of_inputs(tiny_run, tmp_path):
+    state = torch.load(tiny_run / "ckpt.pt", weights_only=True)
+    state["best"]["W_e.weight"].zero_()
+    torch.save(state, tmp_path / "ckpt.pt")
+    found = theory.measure(tmp_path, loops=1000)
+    assert (found["line_pairs"], found["line_equal"]) == (100, 1)
+    assert found["line_least_change"] is None
+    assert found["distinct"] == 1
 
 
 def test_one_input_that_does_not_converge_breaks_the_first_axis(monkeypatch):

@@ -1329,6 +1329,21 @@ def measure(path, inputs=256, loops=300, seed=0):
     other, _ = iterate(few, rng(seed)(*h.shape), loops)
     record["from_random_start"] = moved(other, h).median()
 
+    # basins: which of these states come back after a push as large as they are
+    push_size = h.square().mean(1, keepdim=True).sqrt()
+    back, _ = iterate(few, h + push_size * rng(seed + 1)(*h.shape), loops)
+    record["return_after_push"] = (moved(back, h) < 1e-6).double().mean()
+
+    # on the straight line between two inputs: are limits of neighbours equal, near, or far apart?
+    place = torch.linspace(0, 1, 101, dtype=h.dtype)[:, None]
+    line = f.on((1 - place) * f.start[0] + place * f.start[1])
+    limits, step = iterate(line, line.start, loops)
+    both = (step[1:] < CONVERGED) & (step[:-1] < CONVERGED)
+    change = moved(limits[1:], limits[:-1])[both]
+    record["line_pairs"] = len(change)
+    record["line_equal"] = (change < 1e-6).double().mean()
+    record["line_least_change"] = min(change[change >= 1e-6], default=None)
+
     # geometry: gradients through more and more loops, the head without its norm (G2)
     def loss(h):
         return F.cross_entropy(model.head[1:](h).flatten(0, 1), y[:8].flatten())
