@@ -219,6 +219,36 @@ def test_positions_count_but_only_relative_ones():
     assert not close(attn(h)[0, 23], swapped[0, 23], atol=1e-6)
 
 
+def test_the_norm_and_the_rotary_angles_are_exact_to_fp32_under_bf16(monkeypatch):
+    norm = looped.RMSNorm(64)
+    u = torch.randn(5, 64).bfloat16()
+    exact = u.double() / (u.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert close(norm(u).double(), exact, atol=1e-5)
+    assert not close(exact.bfloat16().double(), exact, atol=1e-3)       # control
+
+    asked = []
+    real = looped.cached_tables
+
+    def spy(*shape):
+        asked.append(shape)
+        return real(*shape)
+    monkeypatch.setattr(looped, "cached_tables", spy)
+    model = looped.LoopedTransformer(tiny())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(2, (2, 13)), 1)
+    assert asked and all(torch.float32 in shape for shape in asked)
+
+
+@pytest.mark.parametrize("options, cells", [(dict(task="sudoku", side=9), 81),
+                                            (dict(task="chess"), 64),
+                                            (dict(bits=12), 13)])
+def test_a_window_may_be_as_wide_as_the_puzzle_and_no_wider(options, cells):
+    widest = cells - 1 + cells % 2
+    assert tiny(**options, window=widest).window == widest
+    with pytest.raises(looped.LoopedError, match="window"):
+        tiny(**options, window=widest + 2)
+
+
 def test_windowed_attention_costs_O_of_L():
     def largest_tensor(L, window):
         sizes = []
@@ -714,6 +744,25 @@ def test_halting_in_the_report_is_damped_as_asked(damping, monkeypatch, capsys):
     assert loops_to_rest(0.25) != loops_to_rest(0.75)
 
 
+def test_with_tries_halting_looks_at_every_puzzle_and_counts_what_is_both(monkeypatch, capsys):
+    cfg = tiny(**BOARD, n_test=40, n_hard=40, tries=2)
+    sets = sets_of(cfg)
+    converged = torch.arange(40) % 2 == 0
+    right = torch.arange(40) % 4 == 0
+
+    def retry(model, x, tries, generator, **halting):
+        y = next(y for name, (x_all, y) in sets.items() if x_all[0] is x[0] or same(x_all, x))
+        labels = torch.where(right[:, None], y, 0)
+        return labels, torch.full((40,), 3), converged
+    monkeypatch.setattr(looped, "retry", retry)
+    result = looped.report(cfg, looped.LoopedTransformer(cfg), sets)
+    for level in ("easy", "hard"):
+        found = result["halting"][level]
+        assert (found["n"], found["tries"], found["loops"]) == (40, 2, 3)
+        assert (found["exact"], found["converged"]) == (0.25, 0.5)
+        assert found["converged_and_right"] == 0.25
+
+
 def watched(monkeypatch, capsys, script, **options):
     """What watch prints if the model says script[0], script[1], ... -> the lines with sums."""
     cfg = tiny(bits=4, eval_loops=2, puzzle="1101", **options)
@@ -920,6 +969,13 @@ def test_a_validation_after_a_resume_must_beat_the_best_before_it(tmp_path, monk
     after = looped.read_checkpoint(tmp_path)[0]
     assert (before["step"], after["step"], after["best_val"]) == (2, 4, 0.75)
     assert same(after["best"], before["best"])
+
+    # also where the best were not the last ones when the run was stopped
+    again = tmp_path / "again"
+    again.mkdir()
+    older = before | {"best": {name: w + 1 for name, w in before["best"].items()}}
+    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), again, older)
+    assert same(looped.read_checkpoint(again)[0]["best"], older["best"])
 
 
 def test_learning_rate_at_named_steps():
@@ -1193,7 +1249,7 @@ class Evil:
 
 def broken_files(raw, state):
     """name -> bytes or an object to save, none of which is a checkpoint of ours."""
-    nan = {name: w * math.nan for name, w in state["best"].items()}
+    nan = state["best"] | {"W_h.weight": state["best"]["W_h.weight"] * math.nan}
     return {
         "half": raw[:len(raw) // 2],
         "short": raw[:-99],
@@ -1268,6 +1324,41 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(where, name, home, capsys, 
     # control: with a disk that has space the file changes
     assert looped.main(argv) == 0
     assert Path("RUN/ckpt.pt").read_bytes() != raw
+
+
+def test_the_log_and_the_table_say_how_large_the_model_is_and_how_long_it_took(home, finished):
+    state, model = looped.read_checkpoint("RUN")
+    report = json.loads(Path("RUN", "eval.json").read_text())
+    parameters = sum(math.prod(w.shape) for w in model.state_dict().values())
+    head, *records = read_log("RUN")
+    assert head["parameters"] == report["parameters"] == parameters
+    assert f"{parameters:,} parameters" in finished[1]
+    assert head["config"] == report["config"]
+    assert head["torch"] == torch.__version__
+
+    # three validations of two steps each: all of their time, and no more, is the training's
+    assert [record["step"] for record in records] == [2, 4, 6]
+    timed = sum(2 * record["ms"] / 1e3 for record in records)
+    assert state["seconds"] == pytest.approx(timed, rel=0.2)
+    assert report["minutes"] == state["seconds"] / 60
+    assert 0 < report["eval_minutes"] < 1
+
+
+def test_evaluation_on_a_cpu_takes_about_4096_tokens_at_once(monkeypatch):
+    assert looped.chunk_size(torch.zeros(1000, 33)) == 4096 // 33
+    assert looped.chunk_size(torch.zeros(3, 65536)) == 1
+
+    # in lots or all at once, and with a short last lot: the same result
+    cfg = tiny(n_hard=7)
+    model = looped.LoopedTransformer(cfg)
+    x, y = sets_of(cfg)["hard"]
+    whole = looped.evaluate(model, x, y, [1, 4])
+    monkeypatch.setattr(looped, "chunk_size", lambda x: 3)
+    seen = []
+    lots = looped.evaluate(model, x, y, [1, 4], lambda done, total: seen.append((done, total)))
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+    for t in whole:
+        assert lots[t] == pytest.approx(whole[t], rel=1e-4)
 
 
 def test_weights_alone_can_be_evaluated_but_not_trained_on(home, capsys):
@@ -2043,6 +2134,39 @@ def test_rating_counts_placements_and_two_solutions_are_found():
     assert data.solve(clash, (2, 2))[0] == 0
 
 
+def test_a_digit_twice_in_a_unit_is_a_contradiction_at_once():
+    # on an open 9x9 board nothing else tells so soon
+    board = np.full((81, 4), 511, np.uint16)
+    pairs = [(0, 3), (0, 27), (0, 10), (0, 13)]     # in a row, a column, a box; control: in none
+    for i, cells in enumerate(pairs):
+        board[list(cells), i] = 1
+    _, bad = data.deduce(board, (3, 3))
+    assert bad.tolist() == [True, True, True, False]
+
+
+def test_full_boards_are_random_in_every_digit():
+    # 400 boards: a digit in the first cell 100 times, with a standard deviation of 8.7
+    grid = data.solved_grids(np.random.default_rng(0), 400, (2, 2))
+    digits = SUDOKU[4].digits(grid)
+    for cell in (0, 6, 15):
+        counts = np.bincount(digits[:, cell], minlength=5)[1:]
+        assert (abs(counts - 100) < 50).all(), counts
+    assert len({row.tobytes() for row in digits}) > 150         # of 288
+
+
+def test_the_first_digit_of_a_full_board_is_any_digit(monkeypatch):
+    boards = []
+    real = data.deduce
+
+    def spy(cand, box):
+        boards.append(cand.copy())
+        return real(cand, box)
+    monkeypatch.setattr(data, "deduce", spy)
+    data.solved_grids(np.random.default_rng(0), 100, (2, 2))
+    after_one_digit = boards[1]
+    assert {*after_one_digit[np.bitwise_count(after_one_digit) == 1]} == {1, 2, 4, 8}
+
+
 def test_puzzles_are_proven_with_a_second_solution_in_mind(monkeypatch):
     def careless(rng, grid, box, keep):
         puzzle = grid.copy()
@@ -2122,6 +2246,10 @@ def test_the_index_of_a_chunk_the_seed_and_nothing_else_matter():
         CHESS.chunk(s, i, 3, 0)["easy"].x for s, i in ((0, 0), (0, 0), (0, 1), (1, 0))
     )
     assert (a == b).all() and (a != c).any() and (a != d).any()
+
+    # the digits of seed and index do not run together
+    one, eleven = (CHESS.chunk(s, i, 3, 0)["easy"].x for s, i in ((1, 10), (11, 0)))
+    assert (one != eleven).any()
     for task in (BITS, SUDOKU[4]):
         lots = [
             task.chunk(s, i)["easy"].x[:20] for s, i in ((0, 0), (0, 0), (0, 1), (1, 0))
@@ -2139,6 +2267,8 @@ def test_the_index_of_a_chunk_the_seed_and_nothing_else_matter():
         "4k3/8/8/8/4N3/8/8/4R1K1 w - - 0 1",  # discovered checks
         "8/8/8/2k5/3Pp3/8/8/B3K2R b - d3 0 1",  # en passant
         "7k/8/5KQ1/8/8/8/8/8 w - - 0 1",  # mates, and stalemates that are none
+        "8/8/3k4/8/2P1P3/8/8/4K3 w - - 0 1",  # two pawns of White's can check
+        "4k3/8/8/2p1p3/8/3K4/8/8 b - - 0 1",  # and two of Black's
     ],
 )
 def test_checks_are_all_moves_that_give_check_but_castling(fen):
@@ -2187,6 +2317,24 @@ def test_a_mate_in_two_has_no_mate_in_one():
     board, _ = data.position(rng, source, 2)
     assert board is not easy and forced(easy, 1) and not forced(board, 1)
     assert hard.is_valid()
+
+
+def test_a_position_with_a_mate_in_one_is_passed_over_where_two_are_asked_for(monkeypatch):
+    first, second = chess.Board(), chess.Board()
+    mate = chess.Move.from_uci("e2e4")
+    found = {(id(first), 1): [mate], (id(first), 2): [mate], (id(second), 1): [],
+             (id(second), 2): [mate]}
+    monkeypatch.setattr(data, "solutions", lambda board, depth: iter(found[id(board), depth]))
+    boards = [first, second]
+    assert data.position(None, lambda rng: iter(boards), 2)[0] is second
+    assert data.position(None, lambda rng: iter(boards), 1)[0] is first     # control
+
+
+def test_no_generated_position_has_a_right_that_is_not_encoded():
+    boards = [board.copy() for seed in range(3) for board in data.game(random.Random(seed))]
+    boards += [board for _ in range(60) for board in data.placement(random.Random(_))]
+    assert len(boards) > 100
+    assert all(board.ep_square is None and board.castling_rights == 0 for board in boards)
 
 
 def test_promotions_count_as_one_move():
@@ -2316,6 +2464,12 @@ def test_a_finished_run_is_tested_on_another_file_but_not_trained_on_it(tmp_path
     small = {"n_train": 4, "n_val": 2, "n_test": 1, "n_hard": 4, "steps": 2}
     argv = flags(task="chess", files=many, window=0, out="RUN", **small)
     assert looped.main(argv) == 0
+
+    # what it trains on is the file's, not what would be made
+    cfg = looped.load("RUN")[1]
+    x = looped.get_splits(cfg, "cpu")["train"][0]
+    from_file = data.splits(CHESS, 0, 4, 2, 1, 4, many)["train"].x
+    assert x.tolist() == from_file.tolist()
 
     asked = ["--resume", "RUN", "--files", str(other), "--n_hard", "6"]
     assert looped.main([*asked, "--out", "other"]) == 0
@@ -2520,6 +2674,14 @@ def test_the_number_of_cores_and_the_cache_change_nothing(tmp_path, monkeypatch)
     make("b", 10)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1), raising=False)
     assert same_splits(once, make("b", 1200))
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_lots_made_on_all_cores_come_in_order_and_none_is_left_out(cores, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    stream = data.parallel(abs, 3)
+    assert [next(stream) for _ in range(20)] == list(range(3, 23))
+    stream.close()
 
 
 def test_a_cache_is_for_one_seed_one_set_of_options_and_one_code(tmp_path, monkeypatch):
@@ -2940,6 +3102,48 @@ def test_r2_fails_if_one_radius_of_several_misbehaves(monkeypatch, asked, given,
     assert len(wrong) == 1 and row_of in wrong[0].what
 
 
+@pytest.mark.parametrize("name, what, row_of", [
+    ("R4", "limits", "cos(limit"), ("R4", "steps", "decides"), ("R5", "limits", "moves the limit"),
+    ("R5", "steps", "least share reached"), ("R6", "steps", "above the threshold: share"),
+    ("I2", "limits", "1e-9 to 0.1"), ("I3", "steps", "share of inputs that converge"),
+    ("G5", "steps", "")])
+def test_every_other_state_that_goes_astray_fails_the_claim(name, what, row_of, monkeypatch):
+    real = theory.iterate
+    noise = theory.rng(1)
+
+    def iterate(f, h, loops):
+        h, step = real(f, h, loops)
+        h = h.clone()
+        step = step.clone()
+        if what == "limits":
+            h[..., ::2, :] += 1e-3 * noise(*h[..., ::2, :].shape)
+        else:
+            step[..., ::2] += 1e-3
+        return h, step
+    monkeypatch.setattr(theory, "iterate", iterate)
+    rows = theory.CLAIMS[name](0, quick=True)
+    if name == "I3":                        # a share, which the claim only bounds from below
+        share, = [float(row.measured) for row in rows if row_of in row.what]
+        assert share <= 0.5
+    else:
+        assert any(row_of in row.what and not is_control(row) for row in failed(rows))
+
+
+def test_r1_counts_points_that_arrive_although_they_should_not(monkeypatch):
+    monkeypatch.setattr(theory, "scalar_step", lambda recall, x, y, s: 0.5 * s)
+    wrong = failed(theory.CLAIMS["R1"](0, quick=True))
+    assert sum("break |a| < 1" in row.what for row in wrong) == 3
+
+
+def test_r3_judges_the_input_that_is_off_the_most(monkeypatch):
+    def states(f, marks, start=None):
+        power = torch.tensor([1.0, 0.5])[:, None]       # one of two inputs walks at random
+        return torch.stack([f.start * 1e6 * k ** power for k in marks])
+    monkeypatch.setattr(theory, "states", states)
+    rows = theory.CLAIMS["R3"](0, quick=True, norms=("pre",))
+    assert any("power" in row.what and not is_control(row) for row in failed(rows))
+
+
 def test_r3_allows_no_power_but_one(monkeypatch):
     # a state that grows like a random walk, and one that comes to a limit, both fail
     for power in (0.5, 0.0):
@@ -2969,6 +3173,31 @@ def test_i3_fails_if_the_memory_dies_at_another_rate(monkeypatch, factor):
 
     row = next(row for row in theory.CLAIMS["I3"].rows(0, True) if "rate" in row.what)
     assert not row.passed
+
+
+def test_i3_does_not_pass_where_no_rate_could_be_measured(monkeypatch):
+    real = theory.memory
+
+    def far_away(f, loops, seed):
+        path, size, direction = real(f, 5, seed)
+        return path + 1, size, direction
+    monkeypatch.setattr(theory, "memory", far_away)
+    row = next(row for row in theory.CLAIMS["I3"].rows(0, True) if "rate" in row.what)
+    assert row.measured == "nan" and not row.passed
+
+
+def test_i5_takes_no_differences_of_states_that_still_move(monkeypatch):
+    real = theory.iterate
+
+    def iterate(f, h, loops):
+        h, step = real(f, h, loops)
+        step = step.clone()
+        if len(step) == 4:
+            step[0] = 1e-3                          # one of four neighbours has not arrived
+        return h, step
+    monkeypatch.setattr(theory, "iterate", iterate)
+    wrong = failed(theory.CLAIMS["I5"](0, quick=True))
+    assert sum("implicit - differences" in row.what for row in wrong) == 2
 
 
 def test_r5_measures_the_largest_quotient_not_the_least():
@@ -3275,6 +3504,14 @@ def test_measurements_of_a_run(tiny_run, tmp_path, capsys):
     hard = json.loads((tiny_run / "eval.json").read_text())["hard"]
     assert found["hard"] == hard["4"]["exact"]
     assert 0 < found["norm_ratio"] < 2
+
+
+def test_residuals_over_one_and_two_loops_of_a_run_that_flips(tiny_run, monkeypatch):
+    # each loop turns the sign of the state: two loops bring it back
+    monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: -h)
+    found = theory.measure(tiny_run, inputs=2, loops=50)
+    assert found["residual"] == pytest.approx(2) and found["residual2"] < 1e-12
+    assert found["converged"] == 0 and found["norm_ratio"] == pytest.approx(1)
 
 
 def test_a_model_that_gets_no_input_has_one_limit_on_a_line_of_inputs(tiny_run, tmp_path):

@@ -455,6 +455,48 @@ def rank_table(raw, file, folder, draws=1000):
     return markdown(["axis", "runs", "rank correlation with hard accuracy", "shuffled"], rows)
 
 
+def limits_table(raw, file):
+    """Where trained loops end: theory.py's records, a row for each run."""
+    head = [
+        "run",
+        "converged",
+        "distinct limits",
+        "rho(J*)",
+        "from a random state: off by",
+        "back after a push",
+        "equal neighbours on a line",
+        "least other step",
+    ]
+    rows = []
+    for record in read_json(raw / file):
+        least = record["line_least_change"]
+        rows.append(
+            [
+                f"{record['recall']}, {record['run']}",
+                f"{record['converged']:.0%}",
+                record["distinct"],
+                each(record["rho"]),
+                f"{record['from_random_start']:.0e}",
+                f"{record['return_after_push']:.0%}",
+                f"{record['line_equal']:.0%} of {record['line_pairs']}",
+                "" if least is None else f"{least:.1e}",
+            ]
+        )
+    return markdown(head, rows)
+
+
+def count_table(raw, file):
+    """How many limits the loops have for all strings of so many bits; trained and untrained."""
+    records = read_json(raw / file)
+    bits = [row["bits"] for row in records[0]["trained"]]
+    rows = []
+    for record in records:
+        for kind in ("trained", "untrained"):
+            cells = [f"{row['limits']} ({row['converged']})" for row in record[kind]]
+            rows.append([f"{Path(record['run']).name}, {kind}", *cells])
+    return markdown(["limits (strings that converge)", *(f"all {2 ** n}" for n in bits)], rows)
+
+
 def theory_table(raw, folder):
     """How many seeds of theory.py hold every row."""
     rows = []
@@ -527,6 +569,8 @@ TABLES = {
     "harm": harm_table,
     "trained": trained_table,
     "rank": rank_table,
+    "limits": limits_table,
+    "count": count_table,
     "theory": theory_table,
     "damping": damping_table,
     "tries": tries_table,
