@@ -1996,6 +1996,20 @@ def test_splits_are_no_parity_classes_of_the_bits():
     assert abs(parities.mean(0) - 0.5).max() < 0.2
 
 
+def test_a_sixteenth_of_the_easy_puzzles_is_val_and_another_is_the_test():
+    x = np.random.default_rng(0).integers(0, 2, (8000, 32), np.uint8)
+    split = [data.home("easy", row) for row in x]
+    # 500 are expected in each, with a standard deviation of 22
+    assert abs(split.count("val") - 500) < 110 and abs(split.count("easy") - 500) < 110
+    assert split.count("train") == 8000 - split.count("val") - split.count("easy")
+
+    # the first of two files trains and validates, the second tests, and hard ones are tests only
+    assert {data.home("easy", row, "train") for row in x} == {"train", "val", None}
+    assert {data.home("easy", row, "test") for row in x} == {"easy"}
+    assert {data.home("hard", row) for row in x} == {"hard"}
+    assert {data.home("hard", row, "train") for row in x} == {None}
+
+
 @pytest.mark.parametrize("level", ["easy", "hard"])
 def test_the_first_puzzle_is_that_of_the_test(level, cache):
     s = data.splits(SUDOKU[6], 3, 0, 0, 1, 1, cache=cache)[level]
@@ -2328,6 +2342,23 @@ def test_a_position_with_a_mate_in_one_is_passed_over_where_two_are_asked_for(mo
     boards = [first, second]
     assert data.position(None, lambda rng: iter(boards), 2)[0] is second
     assert data.position(None, lambda rng: iter(boards), 1)[0] is first     # control
+
+
+def test_games_are_some_moves_old_and_placements_have_armies_of_the_sizes_they_say():
+    for board in data.game(random.Random(0)):
+        assert len(board.move_stack) > 9
+        assert board.is_valid()
+
+    white, black = [], []
+    for seed in range(300):
+        for board in data.placement(random.Random(seed)):
+            assert board.turn and not board.pawns & chess.BB_BACKRANKS
+            pieces = list(board.piece_map().values())
+            white.append(sum(piece.color for piece in pieces))
+            black.append(len(pieces) - white[-1])
+    # a pawn that falls on the first or last rank is left out
+    assert 1 <= min(white) < 9 and max(white) == 11
+    assert 1 <= min(black) < 4 and max(black) == 9
 
 
 def test_no_generated_position_has_a_right_that_is_not_encoded():
