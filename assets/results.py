@@ -497,6 +497,34 @@ def count_table(raw, file):
     return markdown(["limits (strings that converge)", *(f"all {2 ** n}" for n in bits)], rows)
 
 
+def followed_table(raw, file):
+    """Loops without recall, followed for a long time: how many limits, and are the answers right?"""
+    head = ["loops", "converged", "distinct limits", "solved"]
+    rows = []
+    for record in read_json(raw / file):
+        for row in record["follow"]:
+            n = record["inputs"]
+            rows.append(
+                [
+                    f"{record['run']}, {row['loops']:,}",
+                    f"{row['converged']} of {n}",
+                    row["distinct"],
+                    f"{row['exact']:.3f}",
+                ]
+            )
+    return markdown(head, rows)
+
+
+def legal_table(raw, file):
+    """Chess: marks alone, and the legal move with the largest marks."""
+    head = ["positions, loops", "solved", "marks are a legal move", "solved, of legal moves only"]
+    rows = []
+    for name, found in read_json(raw / file).items():
+        cells = [found[key] for key in ("free", "answer_is_legal", "among_legal")]
+        rows.append([name.replace(" ", ", "), *(f"{cell:.3f}" for cell in cells)])
+    return markdown(head, rows)
+
+
 def theory_table(raw, folder):
     """How many seeds of theory.py hold every row."""
     rows = []
@@ -571,6 +599,8 @@ TABLES = {
     "rank": rank_table,
     "limits": limits_table,
     "count": count_table,
+    "followed": followed_table,
+    "legal": legal_table,
     "theory": theory_table,
     "damping": damping_table,
     "tries": tries_table,
