@@ -1198,7 +1198,8 @@ def finished(tmp_path_factory):
     place = tmp_path_factory.mktemp("finished")
     out = Path("out", "prefix_sums-internal-outer-seed0")
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    with contextlib.chdir(place), contextlib.redirect_stdout(terminal):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(terminal):
+        patch.chdir(place)
         assert looped.main(flags()) == 0
     return place / out, terminal.buffer.getvalue().decode()
 
