@@ -3770,3 +3770,19 @@ def test_curve_draws_a_picture_of_one_run(raw):
 
 def test_every_table_of_the_project_is_what_its_raw_files_say():
     assert results.main(["check"]) == 0
+
+
+def test_every_number_of_the_front_page_is_looked_for(tmp_path, capsys):
+    text = (ASSETS.parent / "README.md").read_text()
+    said = results.phrases(results.RAW)
+    assert len(said) > 5
+    page = tmp_path / "README.md"
+    page.write_text(text)
+    assert results.check_prose(results.RAW, page) == 0
+    for phrase in said:
+        # the last digit of a phrase, changed wherever the phrase stands
+        digit = re.findall(r"[0-9]", phrase)[-1]
+        at = phrase.rindex(digit)
+        other = phrase[:at] + str((int(digit) + 1) % 10) + phrase[at + 1:]
+        page.write_text(" ".join(text.split()).replace(" ".join(phrase.split()), other))
+        assert results.check_prose(results.RAW, page) > 0, phrase

@@ -2,7 +2,8 @@
 
     python assets/results.py tables [FOLDER ...]   # Markdown tables of any folder of runs
     python assets/results.py write [FILE.md ...]   # fill in the tables of the two READMEs
-    python assets/results.py check [FILE.md ...]   # exit code 1 if one differs from the raw files
+    python assets/results.py check [FILE.md ...]   # exit code 1 if one differs from the raw files,
+                                                   # or the front page states another number
     python assets/results.py curve RUN             # draw RUN/curve.png: accuracy against loops
     python assets/results.py figures [NAME ...]    # draw the figures in assets/, or some of them
     python assets/results.py movies                # make the two GIFs in assets/
@@ -498,7 +499,7 @@ def count_table(raw, file):
 
 
 def followed_table(raw, file):
-    """Loops without recall, followed for a long time: how many limits, and are the answers right?"""
+    """Loops without recall, followed for a long time: how many limits, how many right?"""
     head = ["loops", "converged", "distinct limits", "solved"]
     rows = []
     for record in read_json(raw / file):
@@ -649,6 +650,41 @@ def read_blocks(path, raw):
     return text, BLOCK.sub(refill, text), blocks
 
 
+def phrases(raw):
+    """The numbers that the front page states in prose, as it states them -> [str]."""
+    # the output of the main command: four rows of its table
+    result = read_json(raw / "quickstart/eval.json")
+    said = []
+    for t in ("16", "32", "256", "500"):
+        easy, hard = result["easy"][t], result["hard"][t]
+        row = f"{t} | {easy['exact']:.3f} {easy['residual']:.1e}"
+        said.append(f"{row} | {hard['exact']:.3f} {hard['residual']:.1e}")
+
+    # without recall
+    groups = find_groups(raw, ["variants/none-*", "current/none/outer-*"])
+    runs = [run for group in groups.values() for run in group]
+    solved = sum(run.exact("hard") > 0 for run in runs)
+    said.append(f"{'none' if solved == 0 else solved} of {len(runs)} runs")
+    records = read_json(raw / "current/none/measured.json")
+    limits = [record["distinct"] for record in records if record["recall"] == "none"]
+    said.append(f"{min(limits)} to {max(limits)} limits for 256 inputs")
+
+    # 9x9 boards with ten tries, and chess
+    (run,) = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
+    halting = run.result["halting"]
+    converged = sum(halting[level]["converged"] * halting[level]["n"] for level in LEVELS)
+    right = sum(halting[level]["converged_and_right"] * halting[level]["n"] for level in LEVELS)
+    said.append(f"({right:.0f} of {converged:.0f}, ")
+    tries = halting["hard"]["exact"]
+    said.append(f"{tries:.2f} of the hard boards, against {run.exact('hard'):.2f}")
+    (run,) = find_groups(raw, ["current/chess/*"])["chess"]
+    found = run.result["halting"]["easy"]
+    converged = found["converged"] * found["n"]
+    wrong = converged - found["converged_and_right"] * found["n"]
+    said.append(f"({wrong:.0f} of {converged:.0f} easy ones)")
+    return said
+
+
 def write(raw, files):
     for path in files or NOTEBOOKS:
         text, fresh, blocks = read_blocks(path, raw)
@@ -674,7 +710,18 @@ def check(raw, files):
         print(f"{path}: {len(blocks)} tables checked")
     if wrong:
         print("python assets/results.py write puts it right")
+    if not files:
+        wrong += check_prose(raw, NOTEBOOKS[0])
     return int(wrong > 0)
+
+
+def check_prose(raw, path):
+    """-> how many of the phrases the file does not have."""
+    text = " ".join(path.read_text().split())
+    missing = [phrase for phrase in phrases(raw) if " ".join(phrase.split()) not in text]
+    for phrase in missing:
+        print(f"{path}: does not say {' '.join(phrase.split())!r}, as the raw files do")
+    return len(missing)
 
 
 # ----------------------------------------------------------------------------
