@@ -1283,6 +1283,24 @@ def hard_accuracy(path):
     return hard[max(hard, key=int)]["exact"]
 
 
+def limits_on_a_line(f, loops):
+    """Limits of 101 inputs on the straight line between the first two: equal, near, or far apart?
+
+    -> record of the pairs of neighbours that both converge: how many, the share with one limit,
+    and the least distance of the others (None if there are none).
+    """
+    place = torch.linspace(0, 1, 101, dtype=f.e.dtype)[:, None]
+    line = f.on((1 - place) * f.start[0] + place * f.start[1])
+    limits, step = iterate(line, line.start, loops)
+    both = (step[1:] < CONVERGED) & (step[:-1] < CONVERGED)
+    change = moved(limits[1:], limits[:-1])[both]
+    return {
+        "line_pairs": len(change),
+        "line_equal": (change < 1e-6).double().mean(),
+        "line_least_change": min(change[change >= 1e-6], default=None),
+    }
+
+
 def measure(path, inputs=256, loops=300, seed=0):
     """The three axes of a trained run on easy test puzzles -> a record, for --json and --runs.
 
@@ -1334,15 +1352,7 @@ def measure(path, inputs=256, loops=300, seed=0):
     back, _ = iterate(few, h + push_size * rng(seed + 1)(*h.shape), loops)
     record["return_after_push"] = (moved(back, h) < 1e-6).double().mean()
 
-    # on the straight line between two inputs: are limits of neighbours equal, near, or far apart?
-    place = torch.linspace(0, 1, 101, dtype=h.dtype)[:, None]
-    line = f.on((1 - place) * f.start[0] + place * f.start[1])
-    limits, step = iterate(line, line.start, loops)
-    both = (step[1:] < CONVERGED) & (step[:-1] < CONVERGED)
-    change = moved(limits[1:], limits[:-1])[both]
-    record["line_pairs"] = len(change)
-    record["line_equal"] = (change < 1e-6).double().mean()
-    record["line_least_change"] = min(change[change >= 1e-6], default=None)
+    record |= limits_on_a_line(f, loops)
 
     # geometry: gradients through more and more loops, the head without its norm (G2)
     def loss(h):
