@@ -1684,6 +1684,14 @@ def test_defaults_depend_on_the_task_and_options_win():
     assert tiny(loops=5, grad_loops=3).grad_loops == 3
 
 
+def test_each_head_has_room_for_the_rotary_pairs_of_every_axis():
+    # two heads, on strings 2 channels for the one axis, on boards 4 for the two
+    assert tiny(width=20).width == 20
+    assert tiny(**BOARD, width=24).width == 24
+    with pytest.raises(looped.LoopedError, match="--width 20: .* times 4"):
+        tiny(**BOARD, width=20)
+
+
 def test_the_papers_preset_is_its_protocol_and_yields_to_options():
     protocol = dict(width=256, heads=8, blocks=1, train="progressive", loops=30, batch=500, clip=1,
                     optimizer="adamw", weight_decay=0.01, lr=3e-4, decay="step",
