@@ -1142,7 +1142,7 @@ def test_carry_learns_short_strings_and_no_puzzle_outlives_its_loops(tmp_path):
                                           ("gru", "internal")])
 def test_bf16_trains_with_a_state_in_fp32(tmp_path, norm, recall):
     losses = {}
-    for dtype in ("fp32", "bf16"):
+    for dtype in ("fp32", "bf16", "auto"):
         cfg = tiny(norm=norm, recall=recall, dtype=dtype, eval_every=1)
         state, logged = train(cfg, tmp_path / dtype)
         assert state["carry"]["h"].dtype == torch.float32
@@ -1150,6 +1150,7 @@ def test_bf16_trains_with_a_state_in_fp32(tmp_path, norm, recall):
         losses[dtype] = [record["loss"] for record in logged]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
     assert losses["bf16"] != losses["fp32"]             # control: it is another computation
+    assert losses["auto"] == losses["fp32"]             # on a CPU
 
 
 def test_time_left_counts_steps_validations_and_the_final_evaluation():
