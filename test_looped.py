@@ -1111,6 +1111,35 @@ def test_augmentation_acts_in_training_and_is_paired(tmp_path, monkeypatch):
     assert all(x + y in known for x, y in zip(x.tolist(), y.tolist(), strict=True))
 
 
+def test_every_training_puzzle_is_drawn():
+    task = data.TASKS["prefix_sums"]
+    x = torch.arange(5)[:, None].expand(5, 33)
+    drawn, _ = looped.get_batch(task, x, x, 400, torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn[:, 0], minlength=5)
+    assert len(counts) == 5 and (counts - 80).abs().max() < 40      # standard deviation 8
+
+
+def test_time_in_validation_is_not_training_time(tmp_path, monkeypatch):
+    now = [0.0]
+    real_loss = looped.compute_loss
+    real_evaluate = looped.evaluate
+
+    def loss(*args):
+        now[0] += 1
+        return real_loss(*args)
+
+    def evaluate(*args):
+        now[0] += 100
+        return real_evaluate(*args)
+    monkeypatch.setattr(looped.time, "time", lambda: now[0])
+    monkeypatch.setattr(looped, "compute_loss", loss)
+    monkeypatch.setattr(looped, "evaluate", evaluate)
+    cfg = tiny()                                            # six steps, three validations
+    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), tmp_path)
+    assert looped.read_checkpoint(tmp_path)[0]["seconds"] == 6
+    assert [record["ms"] for record in read_log(tmp_path)] == [1000] * 3
+
+
 def test_two_processes_draw_the_batch_of_one_and_share_it():
     cfg = tiny(**BOARD)
     task = cfg.make_task()
