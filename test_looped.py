@@ -763,16 +763,28 @@ def test_with_tries_halting_looks_at_every_puzzle_and_counts_what_is_both(monkey
         assert found["converged_and_right"] == 0.25
 
 
-def watched(monkeypatch, capsys, script, **options):
+def test_the_report_says_how_many_puzzles_each_number_is_about(capsys):
+    cfg = tiny(n_test=40, n_hard=48)
+    result = looped.report(cfg, looped.LoopedTransformer(cfg), sets_of(cfg))
+    printed = capsys.readouterr().out
+    for level, n in (("easy", 40), ("hard", 48)):
+        solved = result[level][cfg.eval_loops]["exact"]
+        low, high = looped.wilson(solved, n)
+        sentences = re.search(rf"^{level}: .*, {n} puzzles\n.*\n.*$", printed, re.M).group()
+        assert f"interval {low:.3f} to {high:.3f};" in sentences
+        assert "of 32 solved when each stops by itself" in sentences
+
+
+def watched(monkeypatch, capsys, script, eval_loops=2):
     """What watch prints if the model says script[0], script[1], ... -> the lines with sums."""
-    cfg = tiny(bits=4, eval_loops=2, puzzle="1101", **options)
+    cfg = tiny(bits=4, eval_loops=eval_loops, puzzle="1101")
     model = looped.LoopedTransformer(cfg)
     answers = iter(script)
     model.readout = lambda h: give_marks(torch.tensor([next(answers)]), 2)
     model.step = lambda h, r: 1.5 * h               # never rests
     looped.watch(cfg, model)
     printed = capsys.readouterr().out
-    assert "did not converge in 4 loops" in printed
+    assert f"did not converge in {2 * eval_loops} loops" in printed
     return re.findall(r"^sums +(.*)", printed, re.M), printed
 
 
@@ -787,6 +799,14 @@ def test_watch_marks_what_is_right_wrong_and_changed(monkeypatch, capsys):
     rows, printed = watched(monkeypatch, capsys, [truth, wrong, wrong])
     assert rows == ["1~0~0~1~", "1+1~0+1+", "1+1x0+1+"]
     assert not printed.rstrip().endswith("; solved")
+
+
+def test_watch_shows_the_last_loop_too(monkeypatch, capsys):
+    truth = [0, 1, 0, 0, 1]
+    wrong = [0, 1, 1, 0, 1]
+    rows, printed = watched(monkeypatch, capsys, [wrong, wrong, wrong, truth], eval_loops=3)
+    assert rows[-1] == "1+0~0+1+"
+    assert re.findall(r"^loop (\d+)", printed, re.M) == ["1", "2", "4", "6"]
 
 
 def test_watch_calls_nothing_right_where_the_truth_is_unknown(monkeypatch, capsys):
