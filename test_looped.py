@@ -3756,6 +3756,49 @@ def test_the_interval_is_where_the_score_test_stops_to_reject():
     assert results.wilson(10, 10)[1] == pytest.approx(1)
 
 
+def made_up_run(raw, name, **options):
+    """A run's eval.json with options of its own -> its folder and the path of the file."""
+    folder = raw / "made-up" / name
+    folder.mkdir(parents=True)
+    result = json.loads((raw / "grid6" / SINGLE / "eval.json").read_text())
+    result["config"] |= options
+    path = folder / "eval.json"
+    path.write_text(json.dumps(result))
+    return folder, path
+
+
+def test_pairs_are_compared_seed_by_seed_with_students_interval(raw):
+    shares = {"new": [0.5, 0.75, 0.875], "old": [0.25, 0.375, 0.375]}
+    for name, values in shares.items():
+        for seed, share in enumerate(values):
+            _, path = made_up_run(raw, f"{name}-seed{2 - seed}")
+            result = json.loads(path.read_text())
+            result["hard"]["128"]["exact"] = share
+            result["halting"]["hard"] |= {"exact": share / 4, "tries": 10}
+            path.write_text(json.dumps(result))
+    table = results.make_table(raw, "pairs made-up/* new old")
+
+    # the 97.5 % point of Student's t with two degrees of freedom is 4.303
+    for way, scale in (("one pass", 1), ("up to 10 tries", 1 / 4)):
+        gaps = [scale * gap for gap in (0.5, 0.375, 0.25)]      # of seeds 0, 1, 2
+        half = 4.303 * statistics.stdev(gaps) / 3 ** 0.5
+        row = cells(table, f"new - old, {way}")
+        assert row[5] == " ".join(f"{gap:+.3f}" for gap in gaps)
+        mean, low, high = map(float, re.findall(r"[+-][\d.]+", row[6]))
+        assert mean == pytest.approx(statistics.mean(gaps), abs=6e-4)
+        assert (low, high) == pytest.approx((mean - half, mean + half), abs=2e-3)
+
+
+def test_the_rate_chosen_is_the_lowest_of_those_that_validate_best(raw):
+    validations = {0.001: [0.5, 0.25], 0.002: [0.25, 0.75], 0.004: [0.5, 0.75], 0.008: [0.0, 0.5]}
+    for lr, values in validations.items():
+        folder, _ = made_up_run(raw, f"muon-lr{lr}", optimizer="muon", lr=lr)
+        lines = [{"config": {}}] + [{"exact": value} for value in values]
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    row = cells(results.make_table(raw, "rates made-up/*"), "muon, external, gru")
+    assert row[1:] == ["0.500", "**0.750**", "0.750", "0.500"]
+
+
 def test_tables_prints_every_folder_of_runs(raw, capsys):
     assert results.main(["tables", str(raw)]) == 0
     text = capsys.readouterr().out

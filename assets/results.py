@@ -308,27 +308,69 @@ def validation_table(raw, *patterns):
     return markdown(["run", "learning rate", "seed", "validation puzzles", "exact"], rows)
 
 
+def rates_table(raw, pattern):
+    """Best validation of each variant at each learning rate; the highest in bold is the choice.
+
+    Of equal ones the lowest rate is chosen. Nothing of the test sets is in this table.
+    """
+    found = {}
+    for (run,) in find_groups(raw, [pattern]).values():
+        config = run.result["config"]
+        lines = (run.folder / "log.jsonl").read_text().splitlines()[1:]
+        best = max(json.loads(line)["exact"] for line in lines)
+        variant = f"{config['optimizer']}, {config['recall']}, {config['norm']}"
+        found.setdefault(variant, {})[config["lr"]] = best
+    rates = sorted({rate for row in found.values() for rate in row})
+    rows = []
+    for variant, row in sorted(found.items()):
+        chosen = min(row, key=lambda rate, row=row: (-row[rate], rate))
+        cells = {rate: f"{exact:.3f}" for rate, exact in row.items()}
+        cells[chosen] = f"**{cells[chosen]}**"
+        rows.append([variant] + [cells.get(rate, "") for rate in rates])
+    return markdown(["validation at a rate of", *rates], rows)
+
+
+def mean_difference(gaps):
+    """-> mean and half of its 95 % interval (Student's t) of paired differences."""
+    t = STUDENT[len(gaps) - 2] if len(gaps) < 12 else 2.23
+    return np.mean(gaps), t * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
+
+
 def pairs_table(raw, pattern, first, second):
-    """Two variants seed by seed: the mean difference on hard puzzles with its t interval."""
+    """Two variants seed by seed on hard puzzles: the mean difference, in one pass and with tries.
+
+    The row for tries is there if all the runs had the same number, for all their puzzles.
+    """
     groups = find_groups(raw, [pattern])
     for name in (first, second):
         if name not in groups:
             raise ResultsError(f"{raw / pattern}: no run {name} there")
-    hard = [{run.seed: run.exact("hard") for run in groups[name]} for name in (first, second)]
-    seeds = sorted(hard[0].keys() & hard[1].keys())
+    runs = [{run.seed: run for run in groups[name]} for name in (first, second)]
+    seeds = sorted(runs[0].keys() & runs[1].keys())
     if len(seeds) < 2:
         raise ResultsError(f"{first}, {second}: a pair needs two seeds in common")
-    gaps = [hard[0][seed] - hard[1][seed] for seed in seeds]
-    t = STUDENT[len(seeds) - 2] if len(seeds) < 12 else 2.23
-    half = t * np.std(gaps, ddof=1) / math.sqrt(len(seeds))
-    row = [
-        f"{first} - {second}",
-        len(seeds),
-        sizes(groups[first], "hard"),
-        each(gaps, "+.3f"),
-        f"{np.mean(gaps):+.3f} [{np.mean(gaps) - half:+.3f}, {np.mean(gaps) + half:+.3f}]",
-    ]
-    return markdown(["hard", "paired seeds", "puzzles a seed", "each", "mean difference"], [row])
+
+    shares = {"one pass": [[group[seed].exact("hard") for seed in seeds] for group in runs]}
+    halting = [group[seed].result["halting"]["hard"] for group in runs for seed in seeds]
+    tries = {found.get("tries", 1) for found in halting}
+    if len(tries) == 1 and tries != {1}:
+        solved = [[group[seed].halting("hard")[0] for seed in seeds] for group in runs]
+        shares[f"up to {min(tries)} tries"] = solved
+    rows = []
+    for way, (ones, others) in shares.items():
+        gaps = [one - other for one, other in zip(ones, others, strict=True)]
+        mean, half = mean_difference(gaps)
+        rows.append([
+            f"{first} - {second}, {way}",
+            len(seeds),
+            sizes(groups[first], "hard"),
+            spread(ones),
+            spread(others),
+            each(gaps, "+.3f"),
+            f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]",
+        ])
+    head = ["hard", "paired seeds", "puzzles a seed", "first", "second", "each", "mean difference"]
+    return markdown(head, rows)
 
 
 def harm_table(raw, *patterns):
@@ -594,6 +636,7 @@ TABLES = {
     "loops": loops_table,
     "seeds": seeds_table,
     "validation": validation_table,
+    "rates": rates_table,
     "pairs": pairs_table,
     "harm": harm_table,
     "trained": trained_table,
