@@ -2320,15 +2320,15 @@ def test_the_index_of_a_chunk_the_seed_and_nothing_else_matter():
     )
     assert (a == b).all() and (a != c).any() and (a != d).any()
 
-    # the digits of seed and index do not run together
-    one, eleven = (CHESS.chunk(s, i, 3, 0)["easy"].x for s, i in ((1, 10), (11, 0)))
+    # the digits of seed and index do not run together, nor are they added up
+    places = ((0, 0), (0, 1), (1, 0), (1, 10), (11, 0))
+    one, eleven = (CHESS.chunk(s, i, 3, 0)["easy"].x for s, i in places[-2:])
     assert (one != eleven).any()
     for task in (BITS, SUDOKU[4]):
-        lots = [
-            task.chunk(s, i)["easy"].x[:20] for s, i in ((0, 0), (0, 0), (0, 1), (1, 0))
-        ]
-        assert (lots[0] == lots[1]).all()
-        assert (lots[0] != lots[2]).any() and (lots[0] != lots[3]).any()
+        again, *lots = [task.chunk(s, i)["easy"].x[:20] for s, i in ((0, 0), *places)]
+        assert (again == lots[0]).all()
+        for first, second in itertools.combinations(lots, 2):
+            assert (first != second).any()
 
 
 @pytest.mark.parametrize(
@@ -2435,6 +2435,20 @@ def test_promotions_count_as_one_move():
     assert "mate" in CHESS.answer(board.fen(), y) and "no mate" not in CHESS.answer(
         board.fen(), y
     )
+
+
+def test_two_pieces_that_mate_on_one_square_are_two_answers():
+    both = chess.Board("6k1/5ppp/8/8/8/8/8/R3K2Q w - - 0 1")
+    assert forced(both, 1) == {(chess.A1, chess.A8), (chess.H1, chess.A8)}
+    assert not data.one_pair(data.solutions(both, 1))
+    _, y = CHESS.parse(both.fen())
+    assert y is None
+
+    # controls: one piece alone, and two squares that one piece mates from
+    rook = chess.Board("6k1/5ppp/8/8/8/8/8/R3K3 w - - 0 1")
+    assert data.one_pair(data.solutions(rook, 1))
+    queen = chess.Board("k7/8/1K6/8/8/8/8/7Q w - - 0 1")
+    assert len(forced(queen, 1)) > 1 and not data.one_pair(data.solutions(queen, 1))
 
 
 def test_chess_is_seen_by_the_side_to_move():
