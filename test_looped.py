@@ -2866,6 +2866,25 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
 
 
+def test_of_two_processes_that_write_one_file_neither_sees_the_others_half(tmp_path, monkeypatch):
+    file = tmp_path / "f"
+    write = Path.write_bytes
+
+    def overtaken(self, content):
+        """Write a part, then let another process write all of its own, then write the rest."""
+        write(self, content[:1])
+        monkeypatch.setattr(Path, "write_bytes", write)
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        data.write_atomic(file, b"theirs")
+        assert file.read_bytes() == b"theirs"
+        with open(self, "ab") as rest:
+            rest.write(content[1:])
+
+    monkeypatch.setattr(Path, "write_bytes", overtaken)
+    data.write_atomic(file, b"ours")
+    assert file.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [file]
+
+
 def test_the_clock_and_the_time_left(capsys, monkeypatch):
     now = iter([0, 10, 20, 21, 40])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
