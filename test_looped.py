@@ -2624,6 +2624,7 @@ def test_the_squares_of_a_file_follow_the_label_format(tmp_path):
         ("chess", f"x,{FEN},a7a6 h5f7,-5", "no number below"),
         ("chess", f'x,"{FEN},a7a6,1', "quote"),
         ("chess", f"x,{FEN}", "2 fields"),
+        ("chess", f"x,{FEN},a7a6 h5f7,1500,", "5 fields"),
         ("sudoku", f"s,{Q}.,{A},0", "17 char"),
         ("sudoku", f"s,{Q},{A[:-1]}x,0", "'x'"),
         ("sudoku", f"s,2{Q[1:]},{A},0", "no solution|not the solution"),
@@ -2642,6 +2643,14 @@ def test_a_bad_row_is_refused_with_its_line_and_reason(tmp_path, name, row, reas
     with pytest.raises(data.DataError, match=f"p.csv line 3: .*({reason})") as refusal:
         data.splits(task, 0, 50, 0, 0, 0, path)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    lines = ["FEN,Moves,Rating"] + [line.removeprefix("b,") for line in HARD]
+    path = tmp_path / "p.csv"
+    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbfFEN")
+    assert len(data.splits(CHESS, 0, 0, 0, 0, 2, str(path))["hard"]) == 2
 
 
 def test_unusable_files_are_named(tmp_path, monkeypatch):
@@ -3296,6 +3305,23 @@ def test_i3_fails_if_the_memory_dies_at_another_rate(monkeypatch, factor):
 
     row = next(row for row in theory.CLAIMS["I3"].rows(0, True) if "rate" in row.what)
     assert not row.passed
+
+
+def test_the_eight_models_that_forget_are_eight(monkeypatch):
+    weights = []
+    untrained = theory.untrained
+
+    def watched(*args, **options):
+        f = untrained(*args, **options)
+        weights.append(f.model.blocks[0].attn.qkv.weight[0, 0].item())
+        return f
+
+    monkeypatch.setattr(theory, "untrained", watched)
+    states = torch.ones(4, 1, 1).double()
+    monkeypatch.setattr(theory, "sensitivity", lambda f, marks, seed: (states, states, states))
+    for seed in (0, 1):
+        assert len(theory.forgetting("pre", seed)) == 8
+    assert len(set(weights)) == 16
 
 
 def test_i3_does_not_pass_where_no_rate_could_be_measured(monkeypatch):
