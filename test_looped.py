@@ -3222,6 +3222,34 @@ def test_no_cell_of_the_axes_passes_with_nothing_converged():
     assert theory.axes_of(f, 0, 500) == (True, True, True)
 
 
+def test_inputs_of_which_two_end_in_one_state_do_not_all_decide_the_limit(monkeypatch):
+    f = theory.untrained(0, "outer", "internal", 32, inputs=3, gain=16.0)
+    limits, step = theory.iterate(f, f.start, 500)
+    for picked, depends in (([0, 1, 1], False), ([0, 1, 2], True)):
+        monkeypatch.setattr(theory, "iterate", lambda *_, picked=picked: (limits[picked], step))
+        assert theory.axes_of(f, 0, 500)[1] is depends
+
+
+def test_g3_averages_over_the_fixed_points_only(monkeypatch):
+    real = theory.iterate
+
+    def first_rows(astray):
+        """As if the second input of each model never converged, and was last seen there."""
+        def iterate(f, h, loops):
+            h, step = real(f, h, loops)
+            if astray is not None:
+                h = torch.stack((h[0], astray * h[1].roll(1)))
+                step = torch.tensor([0.0, 1.0]).double()
+            return h, step
+        monkeypatch.setattr(theory, "iterate", iterate)
+        rows = itertools.islice(theory.CLAIMS["G3"].rows(0, True), 2)
+        return [row.measured for row in rows]
+
+    one_state_each = first_rows(1.0)
+    assert first_rows(1e-3) == one_state_each
+    assert first_rows(None) != one_state_each       # control: here the second state counts
+
+
 @pytest.mark.parametrize("asked, given, row_of", [
     (0.95, 1.02, "late / early"), (1.5, 1.4, "growth"), (1.05, 1.07, "growth")])
 def test_r2_fails_if_one_radius_of_several_misbehaves(monkeypatch, asked, given, row_of):
