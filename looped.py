@@ -7,6 +7,12 @@ solve harder problems than those trained on? The answer lies in the fixed points
     input-dependence    does the point of rest still depend on the input?
     geometry            is it smooth in the input, and safe to backpropagate through?
 
+and in two choices that decide what the fixed points are like:
+
+    recall              the input is mixed in again in every loop: into the state itself
+                        (external recall), or only into what a sub-layer reads (internal)
+    outer norm          the norm comes after the residual sum: h <- N(h + F(u))
+
 After the abstract and the public code of "Stability and Generalization in Looped Transformers"
 (arXiv 2604.15259). This is an independent reading, not the authors' code. To run it:
 
@@ -22,10 +28,11 @@ norm?) and in carry_loss (how to train a loop without unrolling all of it). Nota
     h [B, L, D]  state               H  attention heads
     r [B, L, D]  W_e e: what recall adds in every loop
     N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
+    W_h, W_e     the maps of recall: W_h acts on h, W_e on e (Wx and Wh in the authors' code)
 
-W_h acts on the state h (it is Wx in the authors' code) and W_e on the input e (their Wh).
-Not in the paper: carry_loss; a start token before strings (added by data.py) and an embedding for
-each cell of a board (--positions absolute); retry.
+A loop is one call of step(); --steps counts those of the optimizer. Not in the paper: carry_loss();
+retry(); a start token before strings (added by data.py), and an embedding for each cell of a board
+(--positions absolute).
 """
 import argparse
 import dataclasses
@@ -157,15 +164,16 @@ class Config:
                 setattr(self, field.name, defaults.get(field.name))
             self.check(field)
 
-        # RoPE turns pairs of channels, and each axis of the grid has its share of them
         task = self.make_task()
         grid = task.grid
         if self.window is None:
             self.window = task.window
-        pairs = 2 * len(grid)
-        if self.width % (self.heads * pairs) != 0:
-            raise LoopedError(f"--width {self.width}: must be a multiple of --heads times {pairs}, "
-                              f"that is {self.heads * pairs}, because of RoPE")
+
+        # RoPE turns channels in pairs, and each axis of the grid gets as many pairs of a head
+        unit = 2 * len(grid)
+        if self.width % (self.heads * unit) != 0:
+            raise LoopedError(f"--width {self.width}: must be a multiple of --heads times {unit}, "
+                              f"that is {self.heads * unit}, because of RoPE")
         if self.window > 0 and self.window % 2 == 0:
             raise LoopedError(f"--window {self.window}: must be odd, or 0 for all tokens")
         if self.window > math.prod(grid):
@@ -236,15 +244,15 @@ def rotate(u, cos, sin):
 
 
 def window_table(L, window):
-    """Windowed attention at a cost linear in L: chunks of C queries share K = C + window - 1 keys.
+    """Windowed attention at a cost linear in L: a chunk of C queries shares K keys.
 
+    K = C + window - 1, or L if that is less.
     -> queries [n, C] and keys [n, K], which are indices of tokens, and mask [n, C, K], which is 0
     where a query sees a key and -inf elsewhere. At both ends windows shift inwards, so that every
     token sees `window` tokens.
     """
     window = min(window, L)
-    n = max(1, round(L / 32))
-    C = math.ceil(L / n)
+    C = math.ceil(L / max(1, round(L / 32)))        # about 32, so that chunks are nearly even
     n = math.ceil(L / C)
 
     # the last chunk may be too long: it repeats the last token, and the caller drops the rest
@@ -272,7 +280,7 @@ def cached_tables(grid, window, heads, head_dim, base, device, dtype):
 
 
 def constant_tables(*shape):
-    """cached_tables under a name that torch.compile may treat as a constant."""
+    """cached_tables as a plain function, which run_training declares constant to torch.compile."""
     return cached_tables(*shape)
 
 
@@ -409,7 +417,8 @@ class LoopedTransformer(nn.Module):
         """
         recall = self.cfg.recall
         norm = self.cfg.norm
-        if recall not in ("none", "external", "internal"):      # a new one: its name here, too
+        # recall has no else below; one that you add needs its name here, too
+        if recall not in ("none", "external", "internal"):
             raise ValueError(f"recall {recall!r} has no branch in LoopedTransformer.step")
         for block in self.blocks:
 
@@ -467,11 +476,11 @@ class LoopedTransformer(nn.Module):
 
 
 def carry_loss(model, task, cfg, batch, carry):
-    """The default: each step runs a few loops and hands the states on to the next step.
+    """The default: each optimizer step runs a few loops and hands the states on to the next one.
 
-    A puzzle gets cfg.grad_loops loops in each step, all with gradient, and the loss is taken after
-    each step. The states that a step leaves behind are detached and carried over, until a puzzle
-    has had cfg.loops loops (rounded up to whole steps); then it is replaced by a new one.
+    A puzzle gets cfg.grad_loops loops in an optimizer step, all with gradient, and then the loss is
+    taken. The states that it leaves behind are detached and carried over, until a puzzle has had
+    cfg.loops loops (rounded up to whole optimizer steps); then it is replaced by a new one.
 
     This is allowed because what counts is the fixed point. Near one that attracts, where the
     spectral radius of dh_{t+1}/dh_t is below 1, the state forgets its path, so that a state of
@@ -544,9 +553,10 @@ def get_lr(cfg, step):
     warm = (step + 1) / max(1, cfg.warmup)
     if cfg.decay == "linear":
         return cfg.lr * min(1.0, warm) * (1 - step / cfg.steps)
-    elif cfg.decay == "step":       # the paper's: exponential warm-up, one drop
+    elif cfg.decay == "step":       # the paper's: one drop; 63 % of the rate after the warm-up
         drop = 0.1 if step >= 0.6 * cfg.steps else 1.0
-        return cfg.lr * (1 - math.exp(-warm)) * drop
+        rise = 1 - math.exp(-warm) if cfg.warmup > 0 else 1.0
+        return cfg.lr * rise * drop
     else:
         raise ValueError(f"decay {cfg.decay!r} has no branch in get_lr")
 
@@ -612,6 +622,7 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
     x_all, y_all = sets["train"]
     device = x_all.device
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda")
+    # without its cache: a weight cast under no_grad would be used again without its gradient
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     optimizers = configure_optimizers(model, cfg)
@@ -1170,9 +1181,18 @@ def own_folder(cfg):
         try:
             open(out / "log.jsonl", "x").close()    # of two runs at the same time, one succeeds
         except FileExistsError:
+            if not (out / "ckpt.pt").exists():
+                raise LoopedError(f"{out} is taken: choose another --out (or delete it, if no run "
+                                  "is using it)") from None
             raise LoopedError(f"{out} holds a run: --resume {out} goes on with it, --out DIR "
                               "starts another") from None
     return out
+
+
+def release(out):
+    """Give up a folder in which nothing was saved, so that the same command works again."""
+    if not (out / "ckpt.pt").exists():
+        (out / "log.jsonl").unlink(missing_ok=True)
 
 
 def describe(cfg, model, sets, out, device):
@@ -1215,7 +1235,7 @@ def run_training(cfg, state):
         model = LoopedTransformer(cfg).to(device)
         if cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda"):
             torch._dynamo.config.cache_size_limit = 64      # one graph per shape and gradient mode
-            torch.compiler.assume_constant_result(constant_tables)
+            torch.compiler.assume_constant_result(constant_tables)     # marks the function
             model.step = torch.compile(model.step, dynamic=False)
 
         if rank == 0:
@@ -1225,28 +1245,26 @@ def run_training(cfg, state):
             torch.distributed.destroy_process_group()
         if rank > 0:
             os._exit(0)     # not Python's exit: it aborts if a thread of gloo still has a tensor
-        if rank == 0:
-            state, model = read_checkpoint(out, device)
-            save_evaluation(cfg, state, model, sets, out)
-    except (KeyboardInterrupt, data.DataError) as error:
-        if rank == 0 and not (out / "ckpt.pt").exists():
-            (out / "log.jsonl").unlink(missing_ok=True)     # nothing was done: release the folder
+        state, model = read_checkpoint(out, device)         # from here on only the first is left
+        save_evaluation(cfg, state, model, sets, out)
+    except BaseException as error:
+        if rank > 0:
             raise
-        if rank > 0 or isinstance(error, data.DataError):
-            raise
-        again = f"python looped.py --resume {shlex.quote(str(out))}"
-        raise LoopedError(f"stopped; resume from the last validation with: {again}",
-                          exit_code=130) from None
+        release(out)
+        if isinstance(error, KeyboardInterrupt) and (out / "ckpt.pt").exists():
+            again = f"python looped.py --resume {shlex.quote(str(out))}"
+            raise LoopedError(f"stopped; resume from the last validation with: {again}",
+                              exit_code=130) from None
+        raise
 
-    if rank == 0:
-        run = shlex.quote(str(out))
-        puzzle = model.task.text(sets["easy"][0][0].cpu().numpy())
-        if len(puzzle) > 36:
-            puzzle = "YOURS"
-        print(f"\nwatch it solve a puzzle, a new one or yours:\n"
-              f"  python looped.py --watch --resume {run}\n"
-              f"  python looped.py --watch --puzzle {puzzle} \\\n    --resume {run}\n"
-              f"draw the curve:\n  python assets/results.py curve {run}")
+    run = shlex.quote(str(out))
+    puzzle = shlex.quote(model.task.text(sets["easy"][0][0].cpu().numpy()))
+    if len(puzzle) > 38:
+        puzzle = "YOURS"
+    print(f"\nwatch it solve a puzzle, a new one or yours:\n"
+          f"  python looped.py --watch --resume {run}\n"
+          f"  python looped.py --watch --puzzle {puzzle} \\\n    --resume {run}\n"
+          f"draw the curve:\n  python assets/results.py curve {run}")
 
 
 def run_evaluation(cfg, state, model):
@@ -1256,8 +1274,13 @@ def run_evaluation(cfg, state, model):
     if cfg.out is None and (home_of(cfg.resume) / "eval.json").exists():
         report(cfg, model.to(device), sets)
         print("the run's eval.json stays as it was; --out DIR saves this table")
-    else:
-        save_evaluation(cfg, state, model.to(device), sets, own_folder(cfg))
+        return
+    out = own_folder(cfg)
+    try:
+        save_evaluation(cfg, state, model.to(device), sets, out)
+    except BaseException:
+        release(out)
+        raise
 
 
 def save_evaluation(cfg, state, model, sets, out):
@@ -1309,7 +1332,8 @@ def main(argv=None):
         code = 1
         costly = [name for name in ("batch", "width", "n_train", "hard_bits") if name in given]
         large = ", ".join(f"--{name} {given[name]}" for name in costly)
-        message = f"out of memory: lower {large or '--batch or --width'}"
+        message = (f"out of memory: lower {large or '--batch or --width'} (and choose another "
+                   "--out, if the run had begun)")
     print(f"looped.py: {message}", file=sys.stderr)
     return code
 

@@ -1013,8 +1013,9 @@ def test_learning_rate_at_named_steps():
         assert looped.get_lr(cfg, step) == pytest.approx(expected, rel=1e-4), step
 
     # no warm-up: the first step has the full rate
-    cfg = looped.Config(decay="linear", lr=0.1, warmup=0, steps=100)
-    assert looped.get_lr(cfg, 0) == pytest.approx(0.1)
+    for decay in ("linear", "step"):
+        cfg = looped.Config(decay=decay, lr=0.1, warmup=0, steps=100)
+        assert looped.get_lr(cfg, 0) == pytest.approx(0.1)
 
 
 def spy_on_steps(monkeypatch, look):
@@ -1424,6 +1425,33 @@ def test_weights_alone_can_be_evaluated_but_not_trained_on(home, capsys):
     assert "weights only" in fails(capsys, ["--resume", "small.pt", "--steps", "9"])
 
 
+def test_an_evaluation_that_is_stopped_can_be_asked_for_again(home, capsys, monkeypatch):
+    state = torch.load("RUN/ckpt.pt", weights_only=True)
+    torch.save({name: state[name] for name in ("config", "best", "step", "seconds")}, "small.pt")
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    for argv in (["--resume", "small.pt"], ["--resume", "RUN", "--out", "again"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(looped, "report", stopped)
+            fails(capsys, argv, code=130)
+        assert looped.main(argv) == 0
+        fails(capsys, argv[:2] + ["--out", "out/small" if "small.pt" in argv else "again"])
+    assert Path("out/small/eval.json").exists() and Path("again/eval.json").exists()
+    assert Path("RUN/ckpt.pt").exists() and Path("RUN/log.jsonl").exists()
+
+
+def test_the_command_that_is_printed_after_training_shows_that_puzzle(capsys, monkeypatch):
+    monkeypatch.setattr(data, "splits", chess_positions)
+    assert looped.main(flags(task="chess", n_train=8, steps=1, out="a run")) == 0
+    said = capsys.readouterr().out
+    command = re.search(r"python looped.py (--watch --puzzle .*\n.*)$", said, re.M)[1]
+    argv = shlex.split(command.replace("\\\n", ""))
+    assert argv[2].count("/") == 7 and argv[3:] == ["--resume", "a run"]
+    assert looped.main(argv) == 0
+
+
 def test_the_table_says_what_was_tested_now_not_what_was_once(home, capsys):
     assert looped.main(["--resume", "RUN"]) == 0
     assert "hard: 24 bits" in capsys.readouterr().out                   # control
@@ -1560,7 +1588,7 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_before_there_is_a_check
     looped.main(flags(out="folder"))
     said = capsys.readouterr().err.splitlines()
     assert codes == [2]
-    assert "folder holds a run" in said[0] and "the first run ends" in said[1]
+    assert "folder is taken" in said[0] and "the first run ends" in said[1]
     assert lines == [1]                     # the second wrote nothing
 
     # the first failed before it had a checkpoint: the folder is free again
@@ -1769,13 +1797,18 @@ def test_the_papers_preset_is_its_protocol_and_yields_to_options():
     RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9"),
 ], ids=["python", "cuda", "cpu"])
 def test_out_of_memory_names_the_option_that_was_large(error, capsys, monkeypatch):
-    def train(*args):
+    def out_of_memory(*args):
         raise error
 
-    monkeypatch.setattr(looped, "train", train)
-    line = fails(capsys, ["--batch", "77", "--device", "cpu", "--n_val", "8"], code=1)
-    assert "memory" in line and "--batch 77" in line
-    assert "width" not in line
+    for stage, name in ((looped, "train"), (looped, "get_splits")):
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, name, out_of_memory)
+            line = fails(capsys, ["--batch", "77", "--device", "cpu", "--n_val", "8"], code=1)
+        assert "memory" in line and "--batch 77" in line
+        assert "width" not in line
+
+        # nothing was saved, so that the folder is free for another try
+        assert not list(Path("out").rglob("log.jsonl"))
 
 
 def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(monkeypatch):
