@@ -70,15 +70,16 @@ class Task:
     These have no default. A class that lacks one is refused when it is defined, by name:
 
         name      what --task calls it
-        grid      the shape of its tokens, (length,) or (rows, columns)
+        grid      the shape of an easy puzzle's tokens, (length,) or (rows, columns)
         vocab     tokens are 0 .. vocab - 1
         classes   labels are 0 .. classes - 1
-        symbols   a character for every token, and for every label that is printed
+        symbols   a character for each token that text() writes and each label that is printed
         chance    what guessing would get right, as a phrase
         levels    {"easy": phrase, "hard": phrase}: what the puzzles that are made here are
-        chunk     makes puzzles (below)
+        chunk     makes a lot of puzzles (below)
         draw      lays out a puzzle as text (below)
         read      the text of a puzzle -> tokens (below)
+        convert   the columns of a data file -> tokens (below), if there are `columns`
     """
 
     # attention sees this many tokens around each (0: all), and RoPE turns with this base
@@ -88,10 +89,10 @@ class Task:
     # the columns of a data file, the rating last; () if the task reads no files
     columns = ()
 
-    # in a file: the least hard rating and the largest; None: the 80 % quantile, without a largest
+    # in a file: the lowest hard rating, and the largest; None: the 80 % quantile, and no largest
     file_limits = None
 
-    # chunks that take long are made on all cores and kept in the cache
+    # lots that take long are made on all cores and kept in the cache
     slow = False
 
     def __init_subclass__(cls):
@@ -109,8 +110,9 @@ class Task:
     def chunk(self, seed, index):
         """-> {"easy": Puzzles, "hard": Puzzles}, lot number `index` of the puzzles of a seed.
 
-        It depends on seed, index and options alone, and holds a fixed amount of work. No puzzle
-        may be easy in one lot and hard in another, also not in lots of another seed.
+        A lot is what one call makes. It depends on seed, index and options alone, and holds a fixed
+        amount of work. No puzzle may be easy in one lot and hard in another, also not in lots of
+        another seed.
         """
         raise NotImplementedError
 
@@ -119,7 +121,7 @@ class Task:
         raise NotImplementedError
 
     def read(self, text):
-        """What `text` wrote -> x [L], solution y [L] or None; ValueError with the reason."""
+        """A puzzle as text() writes it -> x [L], solution y [L] or None; or ValueError."""
         raise NotImplementedError
 
     def convert(self, *texts):
@@ -152,7 +154,10 @@ class Task:
         return x >= 0
 
     def augment(self, x, y, generator):
-        """x, y [B, L] -> as many other puzzles with their solutions, all on one device."""
+        """x, y [B, L] -> as many other puzzles with their solutions, all on one device.
+
+        What comes out is trained on, so it must not be a puzzle of a test.
+        """
         return x, y
 
     def rename(self, x, generator):
@@ -216,8 +221,8 @@ def residue(row):
 # prefix sums
 
 START = 2               # the token before the bits
-MOST_BITS = 65536       # a lot of such strings takes about 200 MB
-HARD_SIXTEENTH = 2      # if both levels have one length: the strings that are hard
+MOST_BITS = 65536       # one lot of such strings takes about 200 MB
+HARD_SIXTEENTH = 2      # if both levels have one length, these are hard; 0 and 1: see home()
 
 
 @dataclass(frozen=True)
@@ -335,6 +340,7 @@ def deduce(cand, box):
     """One round of naked, then hidden singles -> new candidates [L, M], contradiction found [M]."""
     height, width = box
     full = np.uint16((1 << height * width) - 1)
+    # there are `width` bands of `height` rows, and `height` stacks of `width` columns
     g = cand.reshape(width, height, height, width, -1)
     bad = np.zeros_like(g[0, 0, 0, 0])
 
@@ -360,7 +366,7 @@ def deduce(cand, box):
         bad |= np.bitwise_and.reduce(once, (0, 1)) ^ full               # a digit nowhere in a unit
         hidden |= np.expand_dims(once & ~twice, unit)
     hidden &= g
-    bad |= np.bitwise_or.reduce(hidden & (hidden - (hidden > 0)), (0, 1, 2, 3))     # two in a cell
+    bad |= np.bitwise_or.reduce(hidden & (hidden - 1), (0, 1, 2, 3))     # two in a cell
 
     new = np.where(hidden, hidden, g).reshape(cand.shape)
     return new, (bad != 0) | ~new.all(0)
@@ -386,12 +392,12 @@ def branch(cand, owner, digits):
     return children, owners
 
 
-def solve(cand, box, limit=2, width=256):
+def solve(cand, box, limit=2, at_once=256):
     """cand [L, N] -> solutions found (up to limit) [N], one of them [L, N], placements tried [N].
 
     Singles are deduced until nothing moves; then each candidate of a cell with the fewest is tried.
     The number of tries is a puzzle's rating: with a single solution the search is exhaustive, so it
-    does not depend on the order of the search.
+    does not depend on the order of the search, nor on how many boards are worked on `at_once`.
     """
     N = cand.shape[1]
     found = np.zeros(N, int)
@@ -403,7 +409,7 @@ def solve(cand, box, limit=2, width=256):
     while len(owner):
         # depth first for all puzzles at once, the `share` latest positions of each: to follow all
         # of them would grow exponentially on boards with many solutions
-        share = max(1, width // len(np.unique(owner)))
+        share = max(1, at_once // len(np.unique(owner)))
         behind = np.searchsorted(owner, owner, "right") - np.arange(len(owner))
         pick = behind <= share
         old = cand.compress(pick, 1)
@@ -493,16 +499,17 @@ class Side:
     """What differs between boards of side 4, 6 and 9."""
 
     box: tuple          # rows and columns of a box
-    spare: tuple        # half of the puzzles keep from .. to clues, the others only what they need
+    spare: tuple        # every second puzzle keeps from .. to clues; (0, 0): only those needed
     rating: str         # "placements" that `solve` tries, or "blanks"
     easy: int           # the largest easy rating
-    hard: int           # the least hard rating; between the two a puzzle is dropped
-    distinct: str       # no two puzzles share their "grid", or only their "puzzle"
+    hard: int           # the lowest hard rating; between the two a puzzle is dropped
+    distinct: str       # what no two puzzles share: the solved "grid", or only the "puzzle"
     levels: dict
 
 
 SIDES = {
-    # a toy: there are 288 grids, a model can memorise them, and nearly all puzzles fall to singles
+    # a toy: there are 288 grids, a model can memorise them, nearly all puzzles fall to singles, and
+    # most easy ones of a test are symmetric images of training puzzles
     4: Side((2, 2), (7, 10), "blanks", 9, 11, "puzzle",
             {"easy": "7 to 10 clues", "hard": "4 or 5 clues"}),
     # 28,200,960 grids
@@ -524,7 +531,8 @@ class Sudoku(Task):
 
     Rating: the tentative placements of `solve`, which proves that there is one solution; 0 means
     that naked and hidden singles suffice. Puzzles are minimal, every clue is needed, and no two of
-    a data set share a solution (but see SIDES for side 4).
+    a data set share a solution. Side 4 differs: it is rated by blanks, half of its puzzles are not
+    minimal, and solutions recur.
     """
 
     side: int = 9
@@ -626,12 +634,15 @@ class Sudoku(Task):
         columns = (order(h)[..., None] * w + order(h, w)).view(count, 1, n)
         cell = rows * n + columns                               # [B, n, n]
         if h == w:
-            transpose = order(2)[..., :1, None] == 0
-            cell = torch.where(transpose, cell, cell.mT)
+            transpose = order(2)[..., :1, None] == 1
+            cell = torch.where(transpose, cell.mT, cell)
         digit = F.pad(order(n) + 1, (1, 0))                     # 0 stays blank
         return cell.flatten(1), digit
 
     def augment(self, x, y, generator):
+        # nearly every easy test puzzle of side 4 is the image of some training puzzle
+        if self.side == 4:
+            return x, y
         cell, digit = self.symmetry(len(x), x.device, generator)
         digit = digit.to(x.dtype)
         return tuple(digit.gather(1, board.gather(1, cell).long()) for board in (x, y))
@@ -685,7 +696,7 @@ class Sudoku(Task):
 
 
 def checks(board):
-    """Yield the legal moves, castling excepted, that give check, and a few more."""
+    """Yield legal moves: all that give check but castling, and some that give none."""
     us = board.turn
     king = board.king(not us)
     occupied = board.occupied
@@ -718,11 +729,12 @@ def checks(board):
 
 
 def solutions(board, depth):
-    """Yield the first moves that force mate in `depth` moves, and not in fewer.
+    """Yield the first moves that force mate in exactly `depth` moves, 1 or 2.
 
-    Castling does not mate here: generated positions have no right to it.
+    Another move may mate sooner: see position(). Castling does not mate here: generated positions
+    have no right to it.
     """
-    refutations = []
+    refutations = set()
     candidates = checks(board) if depth == 1 else board.legal_moves
     for move in list(candidates):
         board.push(move)
@@ -741,13 +753,13 @@ def loses(board, depth, refutations):
         mated = any(True for _ in solutions(board, depth))
         board.pop()
         if not mated:
-            refutations.append(reply)
+            refutations.add(reply)
             return False
     return len(replies) > 0
 
 
 def one_pair(moves):
-    """Do all moves agree in their squares? (Promotions to different pieces count as one.)"""
+    """Are there moves, all from one square to one other? (Promotions count as one.)"""
     return len({(move.from_square, move.to_square) for move in moves}) == 1
 
 
@@ -780,7 +792,7 @@ def placement(rng):
 
 
 def position(rng, source, depth):
-    """-> a position with a single mate in `depth` moves, and not in fewer, and the mating moves."""
+    """-> a position with one mate in `depth` moves and no shorter mate, and the mating moves."""
     while True:
         for board in source(rng):
             if depth == 2 and any(True for _ in solutions(board, 1)):
@@ -896,7 +908,7 @@ class Chess(Task):
         return {i: frames[y[i]].format(self.symbols[x[i]]) for i in np.flatnonzero(y).tolist()}
 
     def draw(self, x, answers):
-        """The board, the side to move below."""
+        """The board as the side to move sees it, its own side at the bottom."""
         cells = [f" {self.symbols[token]} " for token in x]
         for i, text in answers.items():
             cells[i] = text
@@ -929,7 +941,7 @@ class Chess(Task):
         if lines:
             return f"{lines[0]}: legal, no mate at once"
 
-        # the square that is left first
+        # from before to
         places = sorted(np.flatnonzero(y).tolist(), key=y.__getitem__)
         squares = [chess.square_name(i ^ flip(board)) for i in places]
         return f"{'-'.join(squares) or 'nothing marked'}: no legal move"
@@ -963,6 +975,7 @@ def home(level, key, role="both"):
 
     role: "train" for the first of two files, where no tests come from; "test" for the second.
     """
+    # the split "easy" is the test of easy puzzles; "train" and "val" are easy ones, too
     split = level
     if level == "easy" and role != "test":
         split = {0: "val", 1: "easy"}.get(residue(key), "train")
@@ -1077,8 +1090,7 @@ def make(task, seed, need, cache):
     report = progress(f"making {task.name}")
     waited = 0
     with closing(lots(task, seed, cache)) as stream:
-        while sorter.short():
-            short = sorter.short()
+        while short := sorter.short():
             before = [sorter.count[split] for split in short]
             lot = next(stream)
             for level, puzzles in lot.items():
@@ -1381,7 +1393,9 @@ def parse(argv):
 
 
 def print_puzzles(task, args):
-    """Print n puzzles of a level: as --puzzle takes them, as a picture, and solved."""
+    """Print n puzzles of a level: as looped.py --puzzle takes them, as a picture, and solved."""
+    if args.n < 0:
+        raise DataError(f"--n {args.n}: must be at least 0")
     n_train = args.n if args.level == "easy" else 0
     n_hard = args.n if args.level == "hard" else 0
     found = splits(task, args.seed, n_train, 0, 0, n_hard, args.files)
