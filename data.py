@@ -512,10 +512,10 @@ SIDES = {
     # most easy ones of a test are symmetric images of training puzzles
     4: Side((2, 2), (7, 10), "blanks", 9, 11, "puzzle",
             {"easy": "7 to 10 clues", "hard": "4 or 5 clues"}),
-    # 28,200,960 grids
+    # 28,200,960 grids, but only 49 up to symmetry: puzzles of a test are new, not their grids' kind
     6: Side((2, 3), (0, 0), "placements", 0, 1, "grid",
             {"easy": "singles suffice (rating 0)", "hard": "rating 1 and more"}),
-    # 6.7e21 grids
+    # 6.7e21 grids, 5.5e9 up to symmetry
     9: Side((3, 3), (0, 0), "placements", 4, 5, "grid",
             {"easy": "at most 4 placements tried", "hard": "5 and more"}),
 }
