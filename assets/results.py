@@ -197,9 +197,9 @@ def runs_table(raw, *patterns):
 # what the two levels of a task are, in a few words; `python data.py` says it in full
 FRONT = {
     "prefix_sums": ("prefix sums", "32 bits", "512 bits"),
-    "sudoku4": ("sudoku 4x4", "singles suffice", "they do not"),
+    "sudoku4": ("sudoku 4x4", "7 to 10 clues", "4 or 5 clues"),
     "sudoku6": ("sudoku 6x6", "singles suffice", "they do not"),
-    "sudoku9": ("sudoku 9x9", "0 to 4 placements tried", "5 and more"),
+    "sudoku9": ("sudoku 9x9", "0 to 4 placements tried", "5 and more tried"),
     "chess": ("chess", "mates in one", "mates in two"),
 }
 
@@ -568,6 +568,13 @@ def legal_table(raw, file):
     return markdown(head, rows)
 
 
+def overlap_table(raw, file):
+    """How many puzzles of a split are those of the training set in another guise."""
+    rows = [[split, *counts.values()] for split, counts in read_json(raw / file).items()]
+    head = list(next(iter(read_json(raw / file).values())))
+    return markdown(["boards, split", *head], rows)
+
+
 def theory_table(raw, folder):
     """How many seeds of theory.py hold every row."""
     rows = []
@@ -645,6 +652,7 @@ TABLES = {
     "count": count_table,
     "followed": followed_table,
     "legal": legal_table,
+    "overlap": overlap_table,
     "theory": theory_table,
     "damping": damping_table,
     "tries": tries_table,
