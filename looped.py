@@ -142,7 +142,7 @@ class Config:
     eval_every: int = option(100, "steps from one validation to the next")
     tol: float = option(1e-3, "converged: the state moves less than this")
     damping: float = option(None, "d in halting: h <- (1 - d) step(h) + d h", low=0)
-    tries: int = option(1, "boards: rename the digits and try again until it converges")
+    tries: int = option(1, "boards: try again in another form until it converges")
     watch: bool = option(False, "with --resume: show how one puzzle is solved")
     puzzle: str = option(None, "the puzzle to watch: bits, a board with . for blanks, a FEN")
 
@@ -864,7 +864,8 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
 def retry(model, x, tries, generator, **halting):
     """Puzzles x [N, L] that do not converge are retried in a symmetric form, `tries` times in all.
 
-    For example with other names for the digits; no labels are needed. halting: options of solve().
+    For example a board with its digits renamed and its rows and columns in another order; no labels
+    are needed. halting: options of solve().
     The first answer that converged counts, or else the first of all.
     (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
     -> labels [N, L], loops used in all tries [N], converged [N].
@@ -1168,7 +1169,8 @@ def home_of(resume):
 
 def own_folder(cfg):
     """-> the folder to write to, made if it is new. Raises LoopedError if it holds another run."""
-    out = Path("out", f"{cfg.task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}")
+    task = f"sudoku{cfg.side}" if cfg.task == "sudoku" else cfg.task
+    out = Path("out", f"{task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}")
     if cfg.out is not None:
         out = Path(cfg.out)
     elif cfg.resume is not None:

@@ -1596,6 +1596,15 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_before_there_is_a_check
     assert not Path("folder", "log.jsonl").exists()
 
 
+def test_the_commands_of_the_readme_do_not_share_a_folder(home):
+    text = (Path(looped.__file__).parent / "README.md").read_text()
+    commands = re.findall(r"^python looped.py (--task.*?) *(?:#.*)?$", text, re.M)
+    assert len(commands) > 4
+    folders = {looped.own_folder(looped.configure(looped.parse(shlex.split(command)))[0])
+               for command in commands}
+    assert len(folders) == len(commands)
+
+
 def test_a_folder_is_refused_before_puzzles_are_made_for_it(home, capsys, monkeypatch):
     monkeypatch.setattr(data, "splits", lambda *_: pytest.fail("made puzzles first"))
     assert "RUN" in fails(capsys, flags(out="RUN"))

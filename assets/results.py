@@ -205,8 +205,11 @@ FRONT = {
 
 
 def front_table(raw, *patterns):
-    """For the front page: a row for each group of seeds, and one for its retries if it has them."""
-    head = ["task", "trained on", "solved", "harder", "solved", "all seeds", "minutes"]
+    """For the front page: a row for each group of seeds, and one for its retries if it has them.
+
+    Both levels are scored at the largest loop count of the evaluation.
+    """
+    head = ["task", "easy", "solved", "hard", "solved", "hard, all seeds", "loops", "minutes"]
     rows = []
     for runs in find_groups(raw, patterns).values():
         config = runs[0].result["config"]
@@ -215,11 +218,12 @@ def front_table(raw, *patterns):
         rows.append(
             [
                 task,
-                f"{easy}, {config['loops']} loops",
+                easy,
                 spread([run.exact("easy") for run in runs]),
-                f"{hard}, {config['eval_loops']} loops",
+                hard,
                 spread([run.exact("hard") for run in runs]),
                 pooled(runs, "hard"),
+                f"{config['loops']}, then {config['eval_loops']}",
                 spread([run.result["minutes"] for run in runs], ".1f"),
             ]
         )
@@ -229,14 +233,17 @@ def front_table(raw, *patterns):
 
 
 def retries_row(runs, tries):
-    """What the runs solve with so many tries, and the loops that a puzzle then takes."""
+    """What the runs solve with so many tries, and the loops that a puzzle takes in all of them."""
     row = [f"... up to {tries} tries"]
+    mean_loops = []
     for level in LEVELS:
         exact, _, loops, n = zip(*[run.halting(level) for run in runs], strict=True)
-        row += [f"{np.mean(loops):.0f} loops", spread(exact)]
+        mean_loops.append(f"{np.mean(loops):.0f}")
+        row += ["", spread(exact)]
     hits = round(sum(share * count for share, count in zip(exact, n, strict=True)))
     low, high = wilson(hits, sum(n))
-    return [*row, f"{hits:,} of {sum(n):,} [{low:.3f}, {high:.3f}]", ""]
+    interval = f"{hits:,} of {sum(n):,} [{low:.3f}, {high:.3f}]"
+    return [*row, interval, " and ".join(mean_loops) + " on average", ""]
 
 
 def loops_table(raw, *patterns):
@@ -701,6 +708,9 @@ def read_blocks(path, raw):
     return text, BLOCK.sub(refill, text), blocks
 
 
+IN_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
 def phrases(raw):
     """The numbers that the front page states in prose, as it states them -> [str]."""
     # the output of the main command: four rows of its table
@@ -715,10 +725,15 @@ def phrases(raw):
     groups = find_groups(raw, ["variants/none-*", "current/none/outer-*"])
     runs = [run for group in groups.values() for run in group]
     solved = sum(run.exact("hard") > 0 for run in runs)
-    said.append(f"{'none' if solved == 0 else solved} of {len(runs)} runs")
+    said.append(f"{IN_WORDS[solved]} of {len(runs)} runs")
+    learnt = sum(max(row["exact"] for row in run.result["easy"].values()) > 0.5 for run in runs)
+    said.append(f"{IN_WORDS[learnt]} of them solved most strings of 32 bits")
     records = read_json(raw / "current/none/measured.json")
     limits = [record["distinct"] for record in records if record["recall"] == "none"]
-    said.append(f"{min(limits)} to {max(limits)} limits for 256 inputs")
+    said.append(f"256 strings of 32 bits end in {min(limits)} to {max(limits)} limits")
+    last = [record["follow"][-1] for record in read_json(raw / "current/none/followed.json")]
+    kept = min(row["distinct"] for row in last)
+    said.append(f"followed for {last[0]['loops']:,} loops at least {kept} kept one of their own")
 
     # 9x9 boards with ten tries, and chess
     (run,) = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
@@ -727,7 +742,8 @@ def phrases(raw):
     right = sum(halting[level]["converged_and_right"] * halting[level]["n"] for level in LEVELS)
     said.append(f"({right:.0f} of {converged:.0f}, ")
     tries = halting["hard"]["exact"]
-    said.append(f"{tries:.2f} of the hard boards, against {run.exact('hard'):.2f}")
+    said.append(f"that solves {tries:.2f} of the hard boards, one undamped pass of 512 loops "
+                f"{run.exact('hard'):.2f}")
     (run,) = find_groups(raw, ["current/chess/*"])["chess"]
     found = run.result["halting"]["easy"]
     converged = found["converged"] * found["n"]
