@@ -582,16 +582,21 @@ def overlap_table(raw, file):
     return markdown(["boards, split", *head], rows)
 
 
-def theory_table(raw, folder):
-    """How many seeds of theory.py hold every row."""
+def theory_table(raw, *folders):
+    """How many seeds of theory.py hold every row, a folder for each set of seeds."""
     rows = []
-    for kind in ("full", "quick"):
-        paths = sorted(raw.glob(f"{folder}/{kind}-seed*.json"))
-        tables = [read_json(path)["rows"] for path in paths]
-        held = sum(all(row["passed"] for row in table) for table in tables)
-        size = "/".join(str(n) for n in sorted({len(table) for table in tables}))
-        rows.append([kind, len(tables), size, f"{held} of {len(tables)}"])
-    return markdown(["theory.py", "seeds", "rows", "seeds of which every row holds"], rows)
+    for folder in folders:
+        for kind in ("quick", "full"):
+            tables = [read_json(path)["rows"] for path in raw.glob(f"{folder}/{kind}-seed*.json")]
+            if not tables:
+                continue
+            held = sum(all(row["passed"] for row in table) for table in tables)
+            size = "/".join(str(n) for n in sorted({len(table) for table in tables}))
+            name = f"{Path(folder).name}, {kind}"
+            rows.append([name, len(tables), size, f"{held} of {len(tables)}"])
+    if not rows:
+        raise ResultsError(f"{raw}: no table of theory.py in {', '.join(folders)}")
+    return markdown(["seeds from", "seeds", "rows", "seeds of which every row holds"], rows)
 
 
 def damping_table(raw, file, boards="256"):
