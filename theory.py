@@ -902,7 +902,8 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
         G = torch.linalg.solve(torch.eye(n) - J, J_e)
         exact = v @ G.T
         error = (differences(f) - exact).norm() / exact.norm()
-        rank = (torch.linalg.svdvals(G.nan_to_num(0, 0, 0)) > 1e-4).sum()
+        # the radial singular values are of the order of the norm's eps, 1e-6, or less (G1)
+        rank = (torch.linalg.svdvals(G.nan_to_num(0, 0, 0)) > 1e-6).sum()
         yield check(f"{norm} + {recall}: implicit - differences, relative", error, equals=0,
                     within=1e-6)
         yield check(f"{norm} + {recall}: rank of dh*/de, L D = {n}", rank, equals=n - TOKENS)

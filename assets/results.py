@@ -716,6 +716,13 @@ def read_blocks(path, raw):
 IN_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
+def right_of_converged(runs, levels):
+    """-> how many of the puzzles that converged by themselves are right, and how many converged."""
+    found = [run.result["halting"][level] for run in runs for level in levels]
+    right = sum(record["converged_and_right"] * record["n"] for record in found)
+    return round(right), round(sum(record["converged"] * record["n"] for record in found))
+
+
 def phrases(raw):
     """The numbers that the front page states in prose, as it states them -> [str]."""
     # the output of the main command: four rows of its table
@@ -741,19 +748,15 @@ def phrases(raw):
     said.append(f"followed for {last[0]['loops']:,} loops at least {kept} kept one of their own")
 
     # 9x9 boards with ten tries, and chess
-    (run,) = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
-    halting = run.result["halting"]
-    converged = sum(halting[level]["converged"] * halting[level]["n"] for level in LEVELS)
-    right = sum(halting[level]["converged_and_right"] * halting[level]["n"] for level in LEVELS)
-    said.append(f"({right:.0f} of {converged:.0f}, ")
-    tries = halting["hard"]["exact"]
-    said.append(f"that solves {tries:.2f} of the hard boards, one undamped pass of 512 loops "
-                f"{run.exact('hard'):.2f}")
-    (run,) = find_groups(raw, ["current/chess/*"])["chess"]
-    found = run.result["halting"]["easy"]
-    converged = found["converged"] * found["n"]
-    wrong = converged - found["converged_and_right"] * found["n"]
-    said.append(f"({wrong:.0f} of {converged:.0f} easy ones)")
+    runs = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
+    right, converged = right_of_converged(runs, LEVELS)
+    said.append(f"({right:,} of {converged:,}, ")
+    tries = np.mean([run.halting("hard")[0] for run in runs])
+    single = np.mean([run.exact("hard") for run in runs])
+    said.append(f"that solves {tries:.2f} of the hard boards, "
+                f"one undamped pass of 512 loops {single:.2f}")
+    right, converged = right_of_converged(find_groups(raw, ["current/chess/*"])["chess"], ["easy"])
+    said.append(f"({converged - right} of {converged} easy ones)")
     return said
 
 
