@@ -747,10 +747,18 @@ def phrases(raw):
     kept = min(row["distinct"] for row in last)
     said.append(f"followed for {last[0]['loops']:,} loops at least {kept} kept one of their own")
 
+    # internal against external recall on 6x6, paired by seed
+    for folder, prefix in (("sudoku6-1000", "adamw-"), ("sudoku6-1000", "muon-"), ("sudoku6", "")):
+        groups = find_groups(raw, [f"current/{folder}/*"])
+        hard = [{run.seed: run.exact("hard") for run in groups[f"{prefix}{recall}"]}
+                for recall in ("internal", "external")]
+        mean, half = mean_difference([hard[0][seed] - hard[1][seed] for seed in sorted(hard[0])])
+        said.append(f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] with")
+
     # 9x9 boards with ten tries, and chess
     runs = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
     right, converged = right_of_converged(runs, LEVELS)
-    said.append(f"({right:,} of {converged:,}, ")
+    said.append(f"{right / converged:.0%} are right ({right:,} of {converged:,},".replace("%", " %"))
     tries = np.mean([run.halting("hard")[0] for run in runs])
     single = np.mean([run.exact("hard") for run in runs])
     said.append(f"that solves {tries:.2f} of the hard boards, "
