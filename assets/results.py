@@ -758,7 +758,8 @@ def phrases(raw):
     # 9x9 boards with ten tries, and chess
     runs = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
     right, converged = right_of_converged(runs, LEVELS)
-    said.append(f"{right / converged:.0%} are right ({right:,} of {converged:,},".replace("%", " %"))
+    percent = round(100 * right / converged)
+    said.append(f"{percent} % are right ({right:,} of {converged:,},")
     tries = np.mean([run.halting("hard")[0] for run in runs])
     single = np.mean([run.exact("hard") for run in runs])
     said.append(f"that solves {tries:.2f} of the hard boards, "
