@@ -2993,7 +2993,7 @@ def test_puzzles_of_a_file_are_printed(tmp_path):
         (("--task", "go"), "invalid choice: 'go'"),
         (("--task", "sudoku", "--side", 5), "choose 4, 6"),
         (("--bits", 0), "--bits 0: must be 1 to"),
-        (("--n", -1), "-1: must"),
+        (("--n", -1), "data.py: --n -1: must"),
         (("--files", "x"), "no files"),
         (("--files", ""), "no files"),
         (("--task", "chess", "--files", ""), "must be FILE"),
