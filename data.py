@@ -504,19 +504,20 @@ class Side:
     easy: int           # the largest easy rating
     hard: int           # the lowest hard rating; between the two a puzzle is dropped
     distinct: str       # what no two puzzles share: the solved "grid", or only the "puzzle"
+    augmented: bool     # are symmetric images trained on? Not where they are puzzles of a test
     levels: dict
 
 
 SIDES = {
     # a toy: there are 288 grids, a model can memorise them, nearly all puzzles fall to singles, and
     # most easy ones of a test are symmetric images of training puzzles
-    4: Side((2, 2), (7, 10), "blanks", 9, 11, "puzzle",
+    4: Side((2, 2), (7, 10), "blanks", 9, 11, "puzzle", False,
             {"easy": "7 to 10 clues", "hard": "4 or 5 clues"}),
     # 28,200,960 grids, but only 49 up to symmetry: puzzles of a test are new, not their grids' kind
-    6: Side((2, 3), (0, 0), "placements", 0, 1, "grid",
+    6: Side((2, 3), (0, 0), "placements", 0, 1, "grid", True,
             {"easy": "singles suffice (rating 0)", "hard": "rating 1 and more"}),
     # 6.7e21 grids, 5.5e9 up to symmetry
-    9: Side((3, 3), (0, 0), "placements", 4, 5, "grid",
+    9: Side((3, 3), (0, 0), "placements", 4, 5, "grid", True,
             {"easy": "at most 4 placements tried", "hard": "5 and more"}),
 }
 
@@ -640,8 +641,7 @@ class Sudoku(Task):
         return cell.flatten(1), digit
 
     def augment(self, x, y, generator):
-        # nearly every easy test puzzle of side 4 is the image of some training puzzle
-        if self.side == 4:
+        if not SIDES[self.side].augmented:
             return x, y
         cell, digit = self.symmetry(len(x), x.device, generator)
         digit = digit.to(x.dtype)

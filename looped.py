@@ -550,13 +550,12 @@ def get_batch(task, x_all, y_all, batch, rng, rank=0, world=1):
 
 def get_lr(cfg, step):
     """The learning rate at a step, counted from 0. (More --steps on resume stretch the decay.)"""
-    warm = (step + 1) / max(1, cfg.warmup)
+    warm = (step + 1) / cfg.warmup if cfg.warmup > 0 else math.inf
     if cfg.decay == "linear":
         return cfg.lr * min(1.0, warm) * (1 - step / cfg.steps)
     elif cfg.decay == "step":       # the paper's: one drop; 63 % of the rate after the warm-up
         drop = 0.1 if step >= 0.6 * cfg.steps else 1.0
-        rise = 1 - math.exp(-warm) if cfg.warmup > 0 else 1.0
-        return cfg.lr * rise * drop
+        return cfg.lr * (1 - math.exp(-warm)) * drop
     else:
         raise ValueError(f"decay {cfg.decay!r} has no branch in get_lr")
 

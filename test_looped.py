@@ -1265,6 +1265,11 @@ def home(finished):
     return Path()
 
 
+def stopped(*args):
+    """In place of any function: Ctrl-C comes while it works."""
+    raise KeyboardInterrupt
+
+
 def fails(capsys, argv, code=2):
     """-> the one line on stderr."""
     try:
@@ -1414,10 +1419,14 @@ def test_evaluation_on_a_cpu_takes_about_4096_tokens_at_once(monkeypatch):
         assert lots[t] == pytest.approx(whole[t], rel=1e-4)
 
 
-def test_weights_alone_can_be_evaluated_but_not_trained_on(home, capsys):
+def save_weights_alone(path):
+    """What assets/*.pt hold, of RUN."""
     state = torch.load("RUN/ckpt.pt", weights_only=True)
-    small = {name: state[name] for name in ("config", "best", "step", "seconds")}
-    torch.save(small, "small.pt")
+    torch.save({name: state[name] for name in ("config", "best", "step", "seconds")}, path)
+
+
+def test_weights_alone_can_be_evaluated_but_not_trained_on(home, capsys):
+    save_weights_alone("small.pt")
     assert looped.main(["--resume", "small.pt"]) == 0
     saved = json.loads(Path("out/small/eval.json").read_text())
     first = json.loads(Path("RUN/eval.json").read_text())
@@ -1427,12 +1436,7 @@ def test_weights_alone_can_be_evaluated_but_not_trained_on(home, capsys):
 
 
 def test_an_evaluation_that_is_stopped_can_be_asked_for_again(home, capsys, monkeypatch):
-    state = torch.load("RUN/ckpt.pt", weights_only=True)
-    torch.save({name: state[name] for name in ("config", "best", "step", "seconds")}, "small.pt")
-
-    def stopped(*args):
-        raise KeyboardInterrupt
-
+    save_weights_alone("small.pt")
     for argv in (["--resume", "small.pt"], ["--resume", "RUN", "--out", "again"]):
         with monkeypatch.context() as patch:
             patch.setattr(looped, "report", stopped)
@@ -1655,9 +1659,6 @@ def test_a_stopped_run_exits_130_and_the_printed_command_finishes_it_bit_for_bit
 
 def test_a_run_that_is_stopped_before_its_first_checkpoint_can_be_started_again(
         capsys, monkeypatch):
-    def stopped(*args):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(looped, "evaluate", stopped)
         line = fails(capsys, flags(out="run"), code=130)
@@ -1669,9 +1670,6 @@ def test_a_run_that_is_stopped_before_its_first_checkpoint_can_be_started_again(
 
 
 def test_ctrl_c_in_the_final_evaluation_says_how_to_go_on(capsys, monkeypatch):
-    def stopped(*args):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(looped, "report", stopped)
         line = fails(capsys, flags(out="run"), code=130)
@@ -1810,9 +1808,9 @@ def test_out_of_memory_names_the_option_that_was_large(error, capsys, monkeypatc
     def out_of_memory(*args):
         raise error
 
-    for stage, name in ((looped, "train"), (looped, "get_splits")):
+    for stage in ("train", "get_splits"):
         with monkeypatch.context() as patch:
-            patch.setattr(stage, name, out_of_memory)
+            patch.setattr(looped, stage, out_of_memory)
             line = fails(capsys, ["--batch", "77", "--device", "cpu", "--n_val", "8"], code=1)
         assert "memory" in line and "--batch 77" in line
         assert "width" not in line
@@ -3810,9 +3808,7 @@ def test_a_failed_request_leaves_an_old_table_alone(tmp_path):
 
 
 def test_ctrl_c_exits_130_in_one_line(capsys, monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(theory, "claims_table", interrupted)
+    monkeypatch.setattr(theory, "claims_table", stopped)
     assert theory.main([]) == 130
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -301,16 +301,19 @@ def seeds_table(raw, *patterns):
     )
 
 
+def validations(run):
+    """-> share solved at each validation of a run, from its log.jsonl."""
+    records = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
+    return [record["exact"] for record in records if "exact" in record]
+
+
 def validation_table(raw, *patterns):
     """The last validation of each run, from its log.jsonl: what choices are made on."""
     rows = []
     for name, runs in find_groups(raw, patterns).items():
         config = runs[0].result["config"]
         seeds = " ".join(str(run.result["config"]["seed"]) for run in runs)
-        exact = []
-        for run in runs:
-            lines = (run.folder / "log.jsonl").read_text().splitlines()
-            exact.append(json.loads(lines[-1])["exact"])
+        exact = [validations(run)[-1] for run in runs]
         rows.append([name, config["lr"], seeds, config["n_val"], each(exact, ".3f")])
     return markdown(["run", "learning rate", "seed", "validation puzzles", "exact"], rows)
 
@@ -323,10 +326,8 @@ def rates_table(raw, pattern):
     found = {}
     for (run,) in find_groups(raw, [pattern]).values():
         config = run.result["config"]
-        lines = (run.folder / "log.jsonl").read_text().splitlines()[1:]
-        best = max(json.loads(line)["exact"] for line in lines)
         variant = f"{config['optimizer']}, {config['recall']}, {config['norm']}"
-        found.setdefault(variant, {})[config["lr"]] = best
+        found.setdefault(variant, {})[config["lr"]] = max(validations(run))
     rates = sorted({rate for row in found.values() for rate in row})
     rows = []
     for variant, row in sorted(found.items()):
@@ -335,6 +336,12 @@ def rates_table(raw, pattern):
         cells[chosen] = f"**{cells[chosen]}**"
         rows.append([variant] + [cells.get(rate, "") for rate in rates])
     return markdown(["validation at a rate of", *rates], rows)
+
+
+def pair_by_seed(groups, first, second):
+    """Two groups of runs -> [(run of the first, run of the second)] for the seeds of both."""
+    ones, others = ({run.seed: run for run in groups[name]} for name in (first, second))
+    return [(ones[seed], others[seed]) for seed in sorted(ones.keys() & others.keys())]
 
 
 def mean_difference(gaps):
@@ -352,24 +359,24 @@ def pairs_table(raw, pattern, first, second):
     for name in (first, second):
         if name not in groups:
             raise ResultsError(f"{raw / pattern}: no run {name} there")
-    runs = [{run.seed: run for run in groups[name]} for name in (first, second)]
-    seeds = sorted(runs[0].keys() & runs[1].keys())
-    if len(seeds) < 2:
+    pairs = pair_by_seed(groups, first, second)
+    if len(pairs) < 2:
         raise ResultsError(f"{first}, {second}: a pair needs two seeds in common")
 
-    shares = {"one pass": [[group[seed].exact("hard") for seed in seeds] for group in runs]}
-    halting = [group[seed].result["halting"]["hard"] for group in runs for seed in seeds]
+    shares = {"one pass": [[run.exact("hard") for run in pair] for pair in pairs]}
+    halting = [run.result["halting"]["hard"] for pair in pairs for run in pair]
     tries = {found.get("tries", 1) for found in halting}
     if len(tries) == 1 and tries != {1}:
-        solved = [[group[seed].halting("hard")[0] for seed in seeds] for group in runs]
+        solved = [[run.halting("hard")[0] for run in pair] for pair in pairs]
         shares[f"up to {min(tries)} tries"] = solved
     rows = []
-    for way, (ones, others) in shares.items():
+    for way, solved in shares.items():
+        ones, others = zip(*solved, strict=True)
         gaps = [one - other for one, other in zip(ones, others, strict=True)]
         mean, half = mean_difference(gaps)
         rows.append([
             f"{first} - {second}, {way}",
-            len(seeds),
+            len(pairs),
             sizes(groups[first], "hard"),
             spread(ones),
             spread(others),
@@ -577,8 +584,9 @@ def legal_table(raw, file):
 
 def overlap_table(raw, file):
     """How many puzzles of a split are those of the training set in another guise."""
-    rows = [[split, *counts.values()] for split, counts in read_json(raw / file).items()]
-    head = list(next(iter(read_json(raw / file).values())))
+    found = read_json(raw / file)
+    rows = [[split, *counts.values()] for split, counts in found.items()]
+    head = next(iter(found.values()))
     return markdown(["boards, split", *head], rows)
 
 
@@ -750,9 +758,9 @@ def phrases(raw):
     # internal against external recall on 6x6, paired by seed
     for folder, prefix in (("sudoku6-1000", "adamw-"), ("sudoku6-1000", "muon-"), ("sudoku6", "")):
         groups = find_groups(raw, [f"current/{folder}/*"])
-        hard = [{run.seed: run.exact("hard") for run in groups[f"{prefix}{recall}"]}
-                for recall in ("internal", "external")]
-        mean, half = mean_difference([hard[0][seed] - hard[1][seed] for seed in sorted(hard[0])])
+        pairs = pair_by_seed(groups, f"{prefix}internal", f"{prefix}external")
+        mean, half = mean_difference([one.exact("hard") - other.exact("hard")
+                                      for one, other in pairs])
         said.append(f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] with")
 
     # 9x9 boards with ten tries, and chess
