@@ -327,7 +327,8 @@ class Attention(nn.Module):
         q = q.transpose(2, 3).flatten(1, 2)                             # (B, n * H, C, D/H)
         k = k.transpose(2, 3).flatten(1, 2)                             # (B, n * H, K, D/H)
         v = v.transpose(2, 3).flatten(1, 2)
-        score = q @ k.transpose(-2, -1) / math.sqrt(head_dim) + mask    # (B, n * H, C, K)
+        q = q / math.sqrt(head_dim)         # before the product: it is smaller than the scores
+        score = q @ k.transpose(-2, -1) + mask                          # (B, n * H, C, K)
         o = score.softmax(dim=-1) @ v
         return o.view(B, n, H, C, head_dim).transpose(2, 3).flatten(1, 2)       # (B, n * C, H, D/H)
 
@@ -721,7 +722,7 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
 
 
 def time_left(cfg, sets, done, step_seconds, val_seconds):
-    """Seconds until the final table is there: steps, validations, and the evaluation at the end."""
+    """Seconds, at most, until the final table is there: steps, validations, final evaluation."""
     steps = cfg.steps - done
     validations = math.ceil(steps / cfg.eval_every)
     seconds_per_token_loop = val_seconds / (sets["val"][0].numel() * (cfg.loops + 2))
@@ -781,6 +782,32 @@ def chunk_size(x):
     return max(1, tokens // x.shape[1])
 
 
+# what moves less than this in a loop, moves by rounding only: float32 has steps of 1.2e-7
+AT_REST = 2e-6
+
+
+def run_loop(model, x, max_loops, tol=AT_REST, damping=0.0):
+    """Loop puzzles x [N, L] from h_0 = e -> yields t, h_t [N, L, D], residual [N] for t = 1, 2, ...
+
+    residual: the largest |step(h) - h| / |h| of a puzzle's tokens in loop t, h being h_{t-1}. A
+    puzzle stays as it is, and costs nothing more, once its residual is below tol.
+    h <- (1 - damping) step(h) + damping h has the same fixed points, and flips less around them.
+    h and residual are written in place: clone what you keep.
+    """
+    e = model.embed(x)
+    r = model.recall(e)
+    h = e.clone()
+    residual = e.new_full((len(x),), math.inf)
+    for t in range(1, max_loops + 1):
+        moving = (~(residual < tol)).nonzero()[:, 0]        # a NaN moves, too
+        if len(moving) > 0:
+            old = h[moving]
+            new = model.step(old, None if r is None else r[moving])
+            residual[moving] = relative_change(new, old)    # of the step without damping
+            h[moving] = new.lerp(old, damping)
+        yield t, h, residual
+
+
 @torch.inference_mode()
 def evaluate(model, x, y, loops, progress=None):
     """Accuracy and motion of puzzles x, y [N, L] after each of the loop counts `loops`.
@@ -802,16 +829,10 @@ def evaluate(model, x, y, loops, progress=None):
         xb = x[start:start + size]
         yb = y[start:start + size]
         scored = model.task.scored(xb)
-        e = model.embed(xb)
-        r = model.recall(e)
-        h = e
-        old = None
+        kept = {}
 
         # two loops more than asked for: the residuals of the last count look ahead
-        for t in range(1, max(loops) + 3):
-            older = old
-            old = h
-            h = model.step(h, r)
+        for t, h, residual in run_loop(model, xb, max(loops) + 2):
             if t == 1:
                 first_norm = h.norm(dim=(1, 2))
             if t in total:
@@ -820,10 +841,11 @@ def evaluate(model, x, y, loops, progress=None):
                 total[t]["exact"] += right.all(-1).sum().item()
                 total[t]["token"] += token.sum().item()
                 total[t]["norm_ratio"] += (h.norm(dim=(1, 2)) / first_norm).sum().item()
+                kept[t] = h.clone()
             if t - 1 in total:
-                total[t - 1]["residual"] += relative_change(h, old).sum().item()
+                total[t - 1]["residual"] += residual.sum().item()
             if t - 2 in total:
-                total[t - 2]["residual2"] += relative_change(h, older).sum().item()
+                total[t - 2]["residual2"] += relative_change(h, kept.pop(t - 2)).sum().item()
         if progress is not None:
             progress(min(start + size, len(x)), len(x))
 
@@ -835,25 +857,15 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
     """Adaptive halting: each puzzle of x [N, L] loops until none of its tokens moves more than tol.
 
     -> logits [N, L, classes], loops used [N], converged [N] (False: max_loops was not enough).
-    h <- (1 - damping) step(h) + damping h has the same fixed points, and flips less around them.
     """
     parts = []
     for xb in x.split(chunk_size(x)):
-        e = model.embed(xb)
-        r = model.recall(e)
-        h = e.clone()                       # it is written in place below
-        used = torch.full((len(xb),), max_loops, device=x.device)
+        used = torch.zeros(len(xb), dtype=torch.long, device=x.device)
         converged = torch.zeros(len(xb), dtype=torch.bool, device=x.device)
-        active = torch.arange(len(xb), device=x.device)         # puzzles that still move
-        for t in range(1, max_loops + 1):
-            old = h[active]
-            new = model.step(old, None if r is None else r[active])
-            h[active] = new.lerp(old, damping)
-            still = relative_change(new, old) < tol             # of the step without damping
-            used[active[still]] = t
-            converged[active[still]] = True
-            active = active[~still]
-            if len(active) == 0:
+        for t, h, residual in run_loop(model, xb, max_loops, tol, damping):
+            used[~converged] = t
+            converged = residual < tol
+            if converged.all():
                 break
         parts.append((model.readout(h), used, converged))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -956,22 +968,17 @@ def watch(cfg, model):
         text = task.text(x)
     print("+ right   x wrong   ~ changed since it was last shown   = unchanged, truth unknown")
 
-    e = model.embed(torch.as_tensor(x, dtype=torch.long)[None])
-    r = model.recall(e)
-    h = e
     shown = None                            # the labels that were printed last
     max_loops = 2 * cfg.eval_loops          # a puzzle of yours may be harder than ours
-    for t in range(1, max_loops + 1):
-        new = model.step(h, r)
-        residual = relative_change(new, h).item()
-        h = new.lerp(h, cfg.damping)
-        converged = residual < cfg.tol
+    batch = torch.as_tensor(x, dtype=torch.long)[None]
+    for t, h, residual in run_loop(model, batch, max_loops, cfg.tol, cfg.damping):
+        converged = residual.item() < cfg.tol
         is_power_of_two = t & (t - 1) == 0
         if not (converged or is_power_of_two or t == max_loops):
             continue
 
         labels = task.predict(model.readout(h))[0].numpy()
-        print(f"\nloop {t}, residual {residual:.1g}")
+        print(f"\nloop {t}, residual {residual.item():.1g}")
         print(task.show(x, labels, functools.partial(mark_token, labels, shown, y)))
         shown = labels
         if converged:

@@ -618,6 +618,42 @@ def test_solve_lets_each_puzzle_rest_by_itself_and_reports_those_that_never_do(m
     assert in_time.any() and not in_time.all()
 
 
+def test_a_puzzle_at_rest_costs_nothing_and_a_nan_is_not_at_rest(monkeypatch):
+    model = model_of(inject="add")
+    x = torch.tensor([[1] * k + [0] * (9 - k) for k in range(10)])
+    asked = []
+
+    def pull(self, h, r):
+        """To another point, at a speed that depends on the puzzle; the second one breaks."""
+        asked.append(len(h))
+        ones = (r == self.tok_emb.weight[1]).all(-1).double().sum(1)[:, None, None]
+        new = h + (0.2 + 0.06 * ones) * (3 * r.roll(1, 1) - h)
+        return torch.where(ones == 1, math.nan, new)
+
+    monkeypatch.setattr(looped.LoopedTransformer, "step", pull)
+    tol = 1e-4
+    path = [(h.clone(), residual.clone()) for _, h, residual in looped.run_loop(model, x, 60, tol)]
+    assert len(path) == 60
+
+    # each puzzle is asked as long as it moves, and then stays where it was
+    moved = torch.stack([residual for _, residual in path])             # [60, 10]
+    still_moves = ~(moved < tol)
+    before = torch.cat([torch.ones(1, 10, dtype=torch.bool), still_moves[:-1]])
+    assert asked == before.sum(1).tolist()
+    assert asked[0] == 10 and asked[-1] == 1        # the control: the NaN is asked to the end
+    for b in (0, 2, 9):
+        rest = int((~still_moves[:, b]).nonzero()[0])
+        h = model.embed(x[b:b + 1])
+        for _ in range(rest + 1):
+            h = pull(model, h, model.recall(model.embed(x[b:b + 1])))
+        assert close(path[rest][0][b], h[0])
+        assert same(path[rest][0][b], path[-1][0][b])
+        assert 0 < moved[rest, b] < tol
+
+    # what the table calls at rest has nothing left but rounding
+    assert 1 < looped.AT_REST / torch.finfo(torch.float32).eps < 20
+
+
 def test_a_cycle_or_a_drift_is_no_rest_and_damping_is_the_share_of_the_old_state(monkeypatch):
     model = model_of(inject="add")
     x = torch.randint(2, (3, 9))
