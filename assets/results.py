@@ -34,6 +34,11 @@ LEVELS = ("easy", "hard")
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
+# the cells of the grid, in the order and the colours in which they are shown
+RECALLS = {"none": "0.45", "external": "#D55E00", "internal": "#0072B2"}
+GRID_NORMS = ["pre", "peri", "outer", "gru"]
+
+
 class ResultsError(Exception):
     """A request that cannot be met, told in one line."""
 
@@ -204,6 +209,14 @@ FRONT = {
 }
 
 
+def task_key(config):
+    return f"sudoku{config['side']}" if config["task"] == "sudoku" else config["task"]
+
+
+def task_name(config):
+    return FRONT[task_key(config)][0]
+
+
 def front_table(raw, *patterns):
     """For the front page: a row for each group of seeds, and one for its retries if it has them.
 
@@ -213,8 +226,7 @@ def front_table(raw, *patterns):
     rows = []
     for runs in find_groups(raw, patterns).values():
         config = runs[0].result["config"]
-        side = config["side"] if config["task"] == "sudoku" else ""
-        task, easy, hard = FRONT[f"{config['task']}{side}"]
+        task, easy, hard = FRONT[task_key(config)]
         rows.append(
             [
                 task,
@@ -325,9 +337,8 @@ def rates_table(raw, pattern):
     """
     found = {}
     for (run,) in find_groups(raw, [pattern]).values():
-        config = run.result["config"]
-        variant = f"{config['optimizer']}, {config['recall']}, {config['norm']}"
-        found.setdefault(variant, {})[config["lr"]] = max(validations(run))
+        variant = run.name.split("-lr")[0]
+        found.setdefault(variant, {})[run.result["config"]["lr"]] = max(validations(run))
     rates = sorted({rate for row in found.values() for rate in row})
     rows = []
     for variant, row in sorted(found.items()):
@@ -336,6 +347,40 @@ def rates_table(raw, pattern):
         cells[chosen] = f"**{cells[chosen]}**"
         rows.append([variant] + [cells.get(rate, "") for rate in rates])
     return markdown(["validation at a rate of", *rates], rows)
+
+
+def in_training(run):
+    """The least loop count of the table that is not below the loops of training."""
+    loops = run.result["config"]["loops"]
+    return min((t for t in run.result["hard"] if int(t) >= loops), key=int)
+
+
+def cell_order(name):
+    """Sorts recall-norm: by recall, then by norm, then by what is no cell of the grid."""
+    recall, _, norm = name.partition("-")
+    known = recall in RECALLS and norm in GRID_NORMS
+    if not known:
+        return len(RECALLS), 0, name
+    return list(RECALLS).index(recall), GRID_NORMS.index(norm), name
+
+
+def grid_table(raw, *patterns):
+    """Recall and norm, a column for each task: hard puzzles at the loops of training -> at all."""
+    columns = [find_groups(raw, [pattern]) for pattern in patterns]
+    head = ["hard puzzles solved"]
+    for groups in columns:
+        config = next(iter(groups.values()))[0].result["config"]
+        head.append(f"{task_name(config)}, {config['loops']} -> {config['eval_loops']} loops")
+    rows = []
+    for name in sorted({name for groups in columns for name in groups}, key=cell_order):
+        row = [name.replace("-", ", ", 1)]
+        for groups in columns:
+            runs = groups.get(name, [])
+            early = [run.result["hard"][in_training(run)]["exact"] for run in runs]
+            late = [run.exact("hard") for run in runs]
+            row.append(f"{spread(early, '.2f')} -> {spread(late, '.2f')}" if runs else "not run")
+        rows.append(row)
+    return markdown(head, rows)
 
 
 def pair_by_seed(groups, first, second):
@@ -664,6 +709,7 @@ TABLES = {
     "seeds": seeds_table,
     "validation": validation_table,
     "rates": rates_table,
+    "grid": grid_table,
     "pairs": pairs_table,
     "harm": harm_table,
     "trained": trained_table,
@@ -824,7 +870,6 @@ ORANGE = "#D55E00"
 GREEN = "#009E73"
 YELLOW = "#E69F00"
 PINK = "#CC79A7"
-RECALLS = {"internal": BLUE, "external": ORANGE, "none": "0.45"}
 
 
 def new_figure(width, height, rows=1, columns=1, **options):
@@ -932,6 +977,32 @@ def front_figure(raw, out):
     )
     direct_labels(axes[0, 1], ends)
     save_figure(figure, out / "curve.png")
+
+
+def grid_figure(raw, out, folder="grid"):
+    """Hard puzzles against loops: a row for each task, a column for each norm, a line a recall."""
+    tasks = [task for task in FRONT if (raw / folder / task).is_dir()]
+    figure, axes = new_figure(8.5, 0.5 + 2.1 * len(tasks), len(tasks), 4, sharey="row", sharex="row")
+    for row, task in zip(axes, tasks, strict=True):
+        groups = find_groups(raw, [f"{folder}/{task}/*"])
+        for axis, norm in zip(row, GRID_NORMS, strict=True):
+            for recall, colour in RECALLS.items():
+                runs = groups.get(f"{recall}-{norm}", [])
+                for run in runs:
+                    counts, exact = mean_curve([run], "hard")
+                    axis.plot(counts, exact, color=colour, linewidth=0.7, alpha=0.4)
+                if runs:
+                    counts, exact = mean_curve(runs, "hard")
+                    axis.plot(counts, exact, color=colour, linewidth=2, label=recall)
+                    loops_axis(axis, runs[0].result["config"], counts)
+            axis.set_title(f"{FRONT[task][0]}, {norm} norm", fontsize=9)
+            axis.set_xlabel("")
+        top = max(line.get_ydata().max() for axis in row for line in axis.lines)
+        row[0].set_ylim(-0.03 * top, 1.08 * top)
+        row[0].set_ylabel("hard ones solved", fontsize=9)
+    axes[0, 0].legend(frameon=False, fontsize=8, title="recall", title_fontsize=8)
+    figure.supxlabel("loops (shaded: loops in training)", fontsize=9)
+    save_figure(figure, out / "grid.png")
 
 
 def panels_figure(raw, pattern, path):
@@ -1221,15 +1292,14 @@ def loop_by_loop(model, x, tol, damping, limit):
     """One puzzle x [L] -> after each loop until it converges: predicted labels [L], residual."""
     import torch
 
+    import looped
+
     found = []
     with torch.inference_mode():
-        e = model.embed(torch.as_tensor(x)[None].long())
-        h, r = e, model.recall(e)
-        for _ in range(limit):
-            new = model.step(h, r)
-            residual = ((new - h).norm(dim=-1) / h.norm(dim=-1)).max().item()
-            h = (1 - damping) * new + damping * h
-            found.append((model.task.predict(model.readout(h))[0].numpy(), residual))
+        batch = torch.as_tensor(x)[None].long()
+        for _, h, residual in looped.run_loop(model, batch, limit, tol, damping):
+            labels = model.task.predict(model.readout(h))[0].numpy()
+            found.append((labels, residual.item()))
             if residual < tol:
                 break
     return found
