@@ -1515,11 +1515,11 @@ def claims_table(names, seed, quick):
     return {"seed": seed, "quick": quick, "rows": rows}, int(bool(failed))
 
 
-def trained_table(paths, seed):
+def trained_table(paths, inputs, seed):
     """Prints the measurements of each run -> what --json writes, exit code."""
     records = []
     for path in paths:
-        record = {key: plain(value) for key, value in measure(path, seed=seed).items()}
+        record = {key: plain(value) for key, value in measure(path, inputs, seed=seed).items()}
         records.append(record)
         for key, value in record.items():
             values = value if isinstance(value, list) else [value]
@@ -1544,6 +1544,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="small sizes, half a minute")
     parser.add_argument("--json", metavar="FILE", help="write the table there as well")
     parser.add_argument("--ckpt", metavar="RUN", nargs="+", help="measure trained runs instead")
+    parser.add_argument("--inputs", type=int, default=256, help="of --ckpt: so many test puzzles")
     parser.add_argument("--runs", metavar="FILE", help="two claims on what --ckpt --json wrote")
     args = parser.parse_args(argv)
     try:
@@ -1552,12 +1553,14 @@ def main(argv=None):
             if name not in CLAIMS:
                 raise looped.LoopedError(
                     f"--only {name}: no such claim; one of {' '.join(CLAIMS)}")
+        if args.inputs < 2:
+            raise looped.LoopedError(f"--inputs {args.inputs}: must be 2 or more")
         if args.json is not None:       # a bad place fails now, not after minutes of work
             with open(args.json, "ab"):
                 pass
 
         if args.ckpt:
-            result, code = trained_table(args.ckpt, args.seed)
+            result, code = trained_table(args.ckpt, args.inputs, args.seed)
         elif args.runs is not None:
             result, code = runs_table(args.runs, args.seed)
         else:

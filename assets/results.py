@@ -333,17 +333,19 @@ def validation_table(raw, *patterns):
 def rates_table(raw, pattern):
     """Best validation of each variant at each learning rate; the highest in bold is the choice.
 
-    Of equal ones the lowest rate is chosen. Nothing of the test sets is in this table.
+    Of equal ones that with the lowest loss at the end. Nothing of the test sets is in this table.
     """
     found = {}
     for (run,) in find_groups(raw, [pattern]).values():
         variant = run.name.split("-lr")[0]
-        found.setdefault(variant, {})[run.result["config"]["lr"]] = max(validations(run))
+        last = json.loads((run.folder / "log.jsonl").read_text().splitlines()[-1])
+        score = (max(validations(run)), -last["loss"])
+        found.setdefault(variant, {})[run.result["config"]["lr"]] = score
     rates = sorted({rate for row in found.values() for rate in row})
     rows = []
-    for variant, row in sorted(found.items()):
-        chosen = min(row, key=lambda rate, row=row: (-row[rate], rate))
-        cells = {rate: f"{exact:.3f}" for rate, exact in row.items()}
+    for variant, row in sorted(found.items(), key=lambda item: cell_order(item[0])):
+        cells = {rate: f"{exact:.3f}" for rate, (exact, _) in row.items()}
+        chosen = max(row, key=row.get)
         cells[chosen] = f"**{cells[chosen]}**"
         rows.append([variant] + [cells.get(rate, "") for rate in rates])
     return markdown(["validation at a rate of", *rates], rows)
