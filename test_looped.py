@@ -3876,7 +3876,7 @@ def raw(tmp_path):
     for name in (*SEEDS, SINGLE):
         folder = tmp_path / "grid6" / name
         folder.mkdir(parents=True)
-        shutil.copy(ASSETS / "results" / "grid6" / name / "eval.json", folder)
+        shutil.copy(ASSETS / "results" / "grid" / "sudoku6" / name / "eval.json", folder)
     return tmp_path
 
 
@@ -3957,14 +3957,59 @@ def test_pairs_are_compared_seed_by_seed_with_students_interval(raw):
         assert (low, high) == pytest.approx((mean - half, mean + half), abs=2e-3)
 
 
-def test_the_rate_chosen_is_the_lowest_of_those_that_validate_best(raw):
-    validations = {0.001: [0.5, 0.25], 0.002: [0.25, 0.75], 0.004: [0.5, 0.75], 0.008: [0.0, 0.5]}
+def test_the_rate_chosen_validates_best_and_of_equal_ones_has_the_lowest_loss(raw):
+    validations = {0.001: [0.5, 0.25], 0.002: [0.25, 0.75], 0.004: [0.75, 0.5], 0.008: [0.0, 0.5]}
+    losses = {0.001: 0.1, 0.002: 0.3, 0.004: 0.2, 0.008: 0.1}
     for lr, values in validations.items():
-        folder, _ = made_up_run(raw, f"muon-lr{lr}", optimizer="muon", lr=lr)
-        lines = [{"config": {}}] + [{"exact": value} for value in values]
+        folder, _ = made_up_run(raw, f"internal-gru-lr{lr}", lr=lr)
+        lines = [{"config": {}}] + [{"exact": value, "loss": losses[lr]} for value in values]
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    row = cells(results.make_table(raw, "rates made-up/*"), "muon, external, gru")
-    assert row[1:] == ["0.500", "**0.750**", "0.750", "0.500"]
+    row = cells(results.make_table(raw, "rates made-up/*"), "internal-gru")
+    assert row[1:] == ["0.500", "0.750", "**0.750**", "0.500"]
+
+
+def test_the_grid_shows_what_looping_on_adds(raw):
+    # trained with 30 loops: the column of 32 is the first that is not below
+    early, late = (
+        [json.loads((raw / "grid6" / name / "eval.json").read_text())["hard"][t]["exact"]
+         for name in SEEDS]
+        for t in ("32", "128")
+    )
+    assert early != late
+    said = [f"{statistics.mean(shares):.2f} ± {statistics.stdev(shares):.2f}"
+            for shares in (early, late)]
+    made_up_run(raw, "none-pre-seed0")
+    table = results.make_table(raw, "grid grid6/* made-up/*")
+    assert cells(table, "internal, outer")[1:] == [" -> ".join(said), "not run"]
+    assert "30 -> 128 loops" in table.splitlines()[0]
+    # recalls and norms in their own order, not in that of the alphabet
+    names = [line.split(" | ")[0] for line in table.splitlines()[2:]]
+    assert names == ["| none, pre", "| external, gru", "| internal, outer"]
+
+
+def test_rank_correlations_leave_out_the_swap_where_there_is_no_recall(raw):
+    records = [
+        {"run": f"{recall}-{norm}-seed{seed}", "recall": recall, "norm": norm,
+         "hard": hard_share, "converged": 1 - hard_share, "norm_ratio": 1.0, "distinct": seed,
+         "rho": [0.5, hard_share], "sensitivity_30_100_500": [9, 9, hard_share],
+         "swapped_to_new": 1.0 if recall == "none" else hard_share}
+        for seed in range(3)
+        for recall, norm, hard_share in (("none", "pre", 0.1 + seed / 100), ("none", "gru", 0.2),
+                                         ("internal", "pre", 0.6 + seed / 100),
+                                         ("internal", "gru", 0.7), ("external", "gru", 0.8))
+    ]
+    (raw / "axes.json").write_text(json.dumps(records))
+    table = results.make_table(raw, "rank axes.json")
+    assert cells(table, "converged")[1].startswith("-1.00 [")
+    assert cells(table, "dh/de, last")[1].startswith("+1.00 [")
+    # the largest of the inputs' radii: .5 for the two without recall
+    assert 0.8 < float(cells(table, "rho(J*)")[1].split()[0]) < 1
+    assert cells(table, "converged")[1].endswith(", 15 runs")
+    assert cells(table, "input swapped: off the new limit")[1].startswith("+1.00 [")
+    assert cells(table, "input swapped: off the new limit")[1].endswith(", 9 runs")
+    # the control: all that is equal ranks nothing, and chance stays below 1
+    assert cells(table, "norm ratio")[1].startswith("+0.00")
+    assert 0.2 < float(cells(table, "converged")[2]) < 0.8
 
 
 def test_tables_prints_every_folder_of_runs(raw, capsys):

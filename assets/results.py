@@ -457,58 +457,40 @@ def harm_table(raw, *patterns):
 # ----------------------------------------------------------------------------
 # tables of measurements in float64, of claims, of halting, of speed
 
-AXES = {  # what theory.py called it at first: how it is shown, and how it is written
-    "1 share": ("converged", ".0%"),
-    "1 |h_K|": ("norm ratio", ".3g"),
-    "3 distinct": ("distinct limits", ".0f"),
-    "2 rho(J*)": ("rho(J*)", ".2f"),
-    "3 |dh_k": ("dh/de, last", ".2g"),
-    "4 input": ("input swapped: off the new limit", ".0e"),
-}
-
-
-NEW_NAMES = {  # and what it has called the same since the raw files of the first version
-    "1 share": "converged",
-    "1 |h_K|": "norm_ratio",
-    "3 distinct": "distinct",
-    "2 rho(J*)": "rho",
-    "3 |dh_k": "sensitivity_30_100_500",
-    "4 input": "swapped_to_new",
+AXES = {  # a key of theory.py's records: how it is shown, and how it is written
+    "converged": ("converged", ".0%"),
+    "norm_ratio": ("norm ratio", ".3g"),
+    "distinct": ("distinct limits", ".0f"),
+    "rho": ("rho(J*)", ".2f"),
+    "sensitivity_30_100_500": ("dh/de, last", ".2g"),
+    "swapped_to_new": ("input swapped: off the new limit", ".0e"),
 }
 
 
 def read_axes(raw, file):
-    """theory.py's measurements of trained runs -> {name: {axis: [a number for each seed]}}."""
+    """theory.py's measurements of trained runs -> {name: [its records, a seed each]}.
+
+    Of lists one number counts: of rho the largest of the inputs, of the sensitivity the last.
+    """
     found = {}
     for record in read_json(raw / file):
-        name = Path(record["run"]).name
-        axes = found.setdefault(re.sub(r"-?seed\d+$", "", name), {"runs": []})
-        axes["runs"].append(name)
-        for start in AXES:
-            new = NEW_NAMES[start]
-            values = next(
-                value
-                for key, value in record.items()
-                if key == new or key.startswith(start)
-            )
-            values = np.atleast_1d(values)
-            number = values[-1] if start == "3 |dh_k" else values[0]  # at the largest k
-            if start == "2 rho(J*)":
-                number = max(values)  # of three inputs
-            axes.setdefault(start, []).append(float(number))
+        record["rho"] = max(record["rho"])
+        record["sensitivity_30_100_500"] = record["sensitivity_30_100_500"][-1]
+        name = re.sub(r"-?seed\d+$", "", Path(record["run"]).name)
+        found.setdefault(name, []).append(record)
     return found
 
 
-def hard_of(raw, folder, names):
-    return [read_run(raw / folder / name / "eval.json").exact("hard") for name in names]
+def column(records, key):
+    return [float(record[key]) for record in records]
 
 
-def trained_table(raw, file, folder):
+def trained_table(raw, file):
     """Hard accuracy beside the axes; a number for every seed."""
     rows = []
-    for name, axes in read_axes(raw, file).items():
-        hard = hard_of(raw, folder, axes["runs"])
-        cells = [each(axes[start], form) for start, (_, form) in AXES.items()]
+    for name, records in read_axes(raw, file).items():
+        hard = column(records, "hard")
+        cells = [each(column(records, key), form) for key, (_, form) in AXES.items()]
         rows.append([-np.mean(hard), name, each(hard), *cells])
     rows = [row[1:] for row in sorted(rows)]
     return markdown(["run", "hard, each seed", *(title for title, _ in AXES.values())], rows)
@@ -529,34 +511,46 @@ def spearman(a, b):
     return np.corrcoef(a, b)[0, 1]
 
 
-def rank_table(raw, file, folder, draws=1000):
-    """Rank correlation of hard accuracy with each axis over all runs.
+def rank_table(raw, *files):
+    """Rank correlation of hard accuracy with each axis over all runs, two columns for each file.
 
     The interval is of a bootstrap over variants, as the seeds of one are no independent runs; the
     control is the 97.5 % quantile of its size when the accuracies are shuffled among the runs.
+    Without recall there is no input to swap, so that axis leaves those runs out.
     """
-    variants = list(read_axes(raw, file).values())
-    hard = [hard_of(raw, folder, axes["runs"]) for axes in variants]
-    rows = []
-    for start, (title, _) in AXES.items():
-        random = np.random.RandomState(0)
-        columns = [(axes[start], exact) for axes, exact in zip(variants, hard, strict=True)]
-        values, exact = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-        drawn, shuffled = [], []
-        for _ in range(draws):
-            some = [columns[i] for i in random.randint(len(columns), size=len(columns))]
-            drawn.append(spearman(*(np.concatenate(parts) for parts in zip(*some, strict=True))))
-            shuffled.append(abs(spearman(values, random.permutation(exact))))
-        low, high = np.quantile(drawn, (0.025, 0.975))
-        rows.append(
-            [
-                title,
-                len(exact),
-                f"{spearman(values, exact):+.2f} [{low:+.2f}, {high:+.2f}]",
-                f"{np.quantile(shuffled, 0.975):.2f}",
-            ]
-        )
-    return markdown(["axis", "runs", "rank correlation with hard accuracy", "shuffled"], rows)
+    head = ["rank correlation with hard accuracy"]
+    rows = [[title] for title, _ in AXES.values()]
+    for file in files:
+        head += [Path(file).stem, "shuffled"]
+        variants = list(read_axes(raw, file).values())
+        for row, key in zip(rows, AXES, strict=True):
+            some = variants
+            if key == "swapped_to_new":
+                some = [records for records in variants if records[0]["recall"] != "none"]
+            now, low, high, chance = bootstrap(some, key)
+            runs = sum(map(len, some))
+            row += [f"{now:+.2f} [{low:+.2f}, {high:+.2f}], {runs} runs", f"{chance:.2f}"]
+    return markdown(head, rows)
+
+
+def bootstrap(variants, key, draws=1000):
+    """-> rank correlation of an axis with hard accuracy, its interval, what chance stays below."""
+    random = np.random.RandomState(0)
+
+    def correlation(some):
+        records = [record for variant in some for record in variant]
+        return spearman(column(records, key), column(records, "hard"))
+
+    drawn = []
+    shuffled = []
+    records = [record for variant in variants for record in variant]
+    for _ in range(draws):
+        picked = random.randint(len(variants), size=len(variants))
+        drawn.append(correlation([variants[i] for i in picked]))
+        hard = random.permutation(column(records, "hard"))
+        shuffled.append(abs(spearman(column(records, key), hard)))
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return correlation(variants), low, high, np.quantile(shuffled, 0.975)
 
 
 def limits_table(raw, file):
@@ -957,13 +951,13 @@ def direct_labels(axis, ends, gap=0.085):
 
 
 def front_figure(raw, out):
-    """The curve of the front page: six variants, strings as long as in training and 16 times."""
+    """The curve of the front page: six variants, strings as long as in training and longer ones."""
     figure, axes = new_figure(7, 3.3, 1, 2, sharey=True)
     styles = {"outer": "-", "pre": (0, (4, 2))}
     ends = []
     for recall, colour in RECALLS.items():
         for norm, style in styles.items():
-            (runs,) = find_groups(raw, [f"variants/{recall}-{norm}-seed*"]).values()
+            (runs,) = find_groups(raw, [f"grid/prefix_sums/{recall}-{norm}-seed*"]).values()
             for axis, level in zip(axes[0], LEVELS, strict=True):
                 counts, exact = mean_curve(runs, level)
                 axis.plot(counts, exact, color=colour, linestyle=style, linewidth=1.8)
@@ -984,7 +978,8 @@ def front_figure(raw, out):
 def grid_figure(raw, out, folder="grid"):
     """Hard puzzles against loops: a row for each task, a column for each norm, a line a recall."""
     tasks = [task for task in FRONT if (raw / folder / task).is_dir()]
-    figure, axes = new_figure(8.5, 0.5 + 2.1 * len(tasks), len(tasks), 4, sharey="row", sharex="row")
+    height = 0.5 + 2.1 * len(tasks)
+    figure, axes = new_figure(8.5, height, len(tasks), 4, sharey="row", sharex="row")
     for row, task in zip(axes, tasks, strict=True):
         groups = find_groups(raw, [f"{folder}/{task}/*"])
         for axis, norm in zip(row, GRID_NORMS, strict=True):
@@ -1007,58 +1002,31 @@ def grid_figure(raw, out, folder="grid"):
     save_figure(figure, out / "grid.png")
 
 
-def panels_figure(raw, pattern, path):
-    """A panel for each variant, a line for each seed and level."""
-    groups = find_groups(raw, [pattern])
-    columns = 3
-    rows = math.ceil(len(groups) / columns)
-    figure, axes = new_figure(8, 0.6 + 1.75 * rows, rows, columns, sharey=True, sharex=True)
-    for axis in axes.flat[len(groups) :]:
-        axis.set_visible(False)
-    for axis, (name, runs) in zip(axes.flat, groups.items(), strict=False):
-        for level, colour in zip(LEVELS, (BLUE, ORANGE), strict=True):
-            for run in runs:
-                counts, exact = mean_curve([run], level)
-                axis.plot(
-                    counts,
-                    exact,
-                    ".-",
-                    color=colour,
-                    linewidth=1,
-                    label=level if run is runs[0] else None,
-                )
-        axis.set_title(name, fontsize=9)
-        loops_axis(axis, runs[0].result["config"], counts)
-        axis.set_xlabel("")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("loops (shaded: loops in training)", fontsize=9)
-    figure.supylabel("solved exactly", fontsize=9)
-    save_figure(figure, path)
-
-
-def axes_figure(raw, out):
+def axes_figure(raw, out, folder="grid"):
     """A point for each trained run: hard accuracy against what its float64 loop does."""
-    variants = read_axes(raw, "trained.json")
-    starts = ("1 share", "2 rho(J*)", "4 input")
-    figure, axes = new_figure(8.5, 3, 1, len(starts), sharey=True)
-    marks = {"outer": "o", "pre": "s", "peri": "^", "gru": "D"}
-    for name, found in variants.items():
-        recall, norm = name.split("-")
-        hard = hard_of(raw, "variants", found["runs"])
-        for axis, start in zip(axes[0], starts, strict=True):
-            axis.plot(
-                found[start],
-                hard,
-                marks[norm],
-                color=RECALLS[recall],
-                alpha=0.75,
-                markersize=5,
-                label=f"{recall}, {norm}",
-            )
-            axis.set_xlabel(AXES[start][0])
-    axes[0, 2].set_xscale("log")
-    axes[0, 0].set_ylabel("512 bits solved")
-    axes[0, 2].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    keys = ("converged", "rho", "swapped_to_new")
+    tasks = [task for task in FRONT if (raw / folder / f"axes-{task}.json").exists()]
+    figure, axes = new_figure(8.5, 0.6 + 2.4 * len(tasks), len(tasks), len(keys))
+    marks = dict(zip(GRID_NORMS, "s^oD", strict=True))
+    for row, task in zip(axes, tasks, strict=True):
+        for name, records in read_axes(raw, f"{folder}/axes-{task}.json").items():
+            recall, norm = records[0]["recall"], records[0]["norm"]
+            for axis, key in zip(row, keys, strict=True):
+                if key == "swapped_to_new" and recall == "none":
+                    continue        # there is no input to swap
+                axis.plot(
+                    column(records, key),
+                    column(records, "hard"),
+                    marks[norm],
+                    color=RECALLS[recall],
+                    alpha=0.75,
+                    markersize=5,
+                    label=name.replace("-", ", "),
+                )
+                axis.set_xlabel(AXES[key][0])
+        row[2].set_xscale("log")
+        row[0].set_ylabel(f"{FRONT[task][0]}: hard ones solved", fontsize=8.5)
+    axes[0, 1].legend(frameon=False, fontsize=6.5)
     save_figure(figure, out / "axes.png")
 
 
@@ -1228,8 +1196,7 @@ def figures(raw, out, names):
     """Draw all figures, or those named."""
     draw = {
         "curve": lambda: front_figure(raw, out),
-        "variants": lambda: panels_figure(raw, "variants/*", out / "variants.png"),
-        "sudoku6": lambda: panels_figure(raw, "grid6/*", out / "sudoku6.png"),
+        "grid": lambda: grid_figure(raw, out),
         "axes": lambda: axes_figure(raw, out),
         "regions": lambda: regions_figure(out),
         "drift": lambda: drift_figure(out),
