@@ -3976,12 +3976,13 @@ def test_the_grid_shows_what_looping_on_adds(raw):
         for t in ("32", "128")
     )
     assert early != late
-    said = [f"{statistics.mean(shares):.2f} ± {statistics.stdev(shares):.2f}"
-            for shares in (early, late)]
+    said = (f"{statistics.mean(early):.2f} → "
+            f"{statistics.mean(late):.2f} ± {statistics.stdev(late):.2f}")
     made_up_run(raw, "none-pre-seed0")
     table = results.make_table(raw, "grid grid6/* made-up/*")
-    assert cells(table, "internal, outer")[1:] == [" -> ".join(said), "not run"]
-    assert "30 -> 128 loops" in table.splitlines()[0]
+    assert cells(table, "internal, outer")[1:] == [said, "not run"]
+    assert cells(table, "none, pre")[2].endswith(" (1)")        # one seed, the other has three
+    assert "30 → 128 loops" in table.splitlines()[0]
     # recalls and norms in their own order, not in that of the alphabet
     names = [line.split(" | ")[0] for line in table.splitlines()[2:]]
     assert names == ["| none, pre", "| external, gru", "| internal, outer"]

@@ -367,12 +367,16 @@ def cell_order(name):
 
 
 def grid_table(raw, *patterns):
-    """Recall and norm, a column for each task: hard puzzles at the loops of training -> at all."""
+    """Recall and norm, a column for each task: hard puzzles at the loops of training, and at all.
+
+    Means over seeds; how many, in parentheses, where there are fewer than elsewhere.
+    """
     columns = [find_groups(raw, [pattern]) for pattern in patterns]
     head = ["hard puzzles solved"]
     for groups in columns:
         config = next(iter(groups.values()))[0].result["config"]
-        head.append(f"{task_name(config)}, {config['loops']} -> {config['eval_loops']} loops")
+        head.append(f"{task_name(config)}, {config['loops']} → {config['eval_loops']} loops")
+    most = max(len(runs) for groups in columns for runs in groups.values())
     rows = []
     for name in sorted({name for groups in columns for name in groups}, key=cell_order):
         row = [name.replace("-", ", ", 1)]
@@ -380,7 +384,10 @@ def grid_table(raw, *patterns):
             runs = groups.get(name, [])
             early = [run.result["hard"][in_training(run)]["exact"] for run in runs]
             late = [run.exact("hard") for run in runs]
-            row.append(f"{spread(early, '.2f')} -> {spread(late, '.2f')}" if runs else "not run")
+            cell = f"{np.mean(early):.2f} → {spread(late, '.2f')}" if runs else "not run"
+            if 0 < len(runs) < most:
+                cell += f" ({len(runs)})"
+            row.append(cell)
         rows.append(row)
     return markdown(head, rows)
 
@@ -561,6 +568,18 @@ def bootstrap(variants, key, draws=1000):
     return correlation(variants), low, high, np.quantile(shuffled, 0.975)
 
 
+def tracks_table(raw, *files):
+    """The claims of theory.py about many trained runs, as `--runs FILE --json FILE` wrote them."""
+    rows = []
+    for file in files:
+        for row in read_json(raw / file):
+            verdict = "holds" if row["passed"] else "fails"
+            what = row["what"].removeprefix("... ")
+            said = (row["predicted"], row["measured"], row["note"], verdict)
+            rows.append([Path(file).stem, what, *said])
+    return markdown(["file", "claim", "predicted", "measured", "note", ""], rows)
+
+
 def limits_table(raw, file):
     """Where trained loops end: theory.py's records, a row for each run."""
     head = [
@@ -718,6 +737,7 @@ TABLES = {
     "harm": harm_table,
     "trained": trained_table,
     "rank": rank_table,
+    "tracks": tracks_table,
     "limits": limits_table,
     "count": count_table,
     "followed": followed_table,
@@ -818,6 +838,11 @@ def phrases(raw):
                                       for one, other in pairs])
         said.append(f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
 
+    # accuracy and the axes
+    for task in ("sudoku6", "prefix_sums"):
+        row = read_json(raw / f"grid/tracks-{task}.json")[0]
+        said.append(f"{row['measured']} ({row['note']})")
+
     # 9x9 boards with ten tries, and chess
     runs = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
     right, converged = right_of_converged(runs, LEVELS)
@@ -828,7 +853,7 @@ def phrases(raw):
     said.append(f"that solves {tries:.2f} of the hard boards, "
                 f"one undamped pass of 512 loops {single:.2f}")
     right, converged = right_of_converged(find_groups(raw, ["current/chess/*"])["chess"], ["easy"])
-    said.append(f"({converged - right} of {converged} easy ones)")
+    said.append(f"({converged - right} of {converged} easy ones wrong)")
     return said
 
 
@@ -944,50 +969,6 @@ def curve(run):
     save_figure(figure, run / "curve.png")
 
 
-def direct_labels(axis, ends, gap=0.085):
-    """Name lines at their right ends [(height, text, colour)]; equal ones are stacked inwards."""
-    stacked = {}
-    for end, text, colour in ends:
-        level = round(end, 1)
-        shift = gap * stacked.get(level, 0)
-        stacked[level] = stacked.get(level, 0) + 1
-        height = end - shift if end > 0.5 else end + shift
-        axis.text(
-            1.0,
-            height,
-            text,
-            color=colour,
-            fontsize=9,
-            va="center",
-            transform=axis.get_yaxis_transform(),
-        )
-
-
-def front_figure(raw, out):
-    """The curve of the front page: six variants, strings as long as in training and longer ones."""
-    figure, axes = new_figure(7, 3.3, 1, 2, sharey=True)
-    styles = {"outer": "-", "pre": (0, (4, 2))}
-    ends = []
-    for recall, colour in RECALLS.items():
-        for norm, style in styles.items():
-            (runs,) = find_groups(raw, [f"grid/prefix_sums/{recall}-{norm}-seed*"]).values()
-            for axis, level in zip(axes[0], LEVELS, strict=True):
-                counts, exact = mean_curve(runs, level)
-                axis.plot(counts, exact, color=colour, linestyle=style, linewidth=1.8)
-            ends.append((exact[-1], f"{recall}, {norm}", colour))
-    config = runs[0].result["config"]
-    for axis, bits in zip(axes[0], (config["bits"], config["hard_bits"]), strict=True):
-        loops_axis(axis, config, counts)
-        axis.set_title(f"{bits} bits", fontsize=10)
-    axes[0, 0].text(1.2, 1.0, "loops in\ntraining", color="0.4", fontsize=8.5, va="top")
-    axes[0, 0].set_ylabel("solved exactly")
-    axes[0, 1].text(
-        1.2, 1.0, "solid: outer norm\ndashed: pre norm", color="0.4", fontsize=8.5, va="top"
-    )
-    direct_labels(axes[0, 1], ends)
-    save_figure(figure, out / "curve.png")
-
-
 def grid_figure(raw, out, folder="grid"):
     """Hard puzzles against loops: a row for each task, a column for each norm, a line a recall."""
     tasks = [task for task in FRONT if (raw / folder / task).is_dir()]
@@ -1005,6 +986,8 @@ def grid_figure(raw, out, folder="grid"):
                     counts, exact = mean_curve(runs, "hard")
                     axis.plot(counts, exact, color=colour, linewidth=2, label=recall)
                     loops_axis(axis, runs[0].result["config"], counts)
+            if not axis.lines:
+                axis.text(0.5, 0.5, "not run", color="0.5", ha="center", transform=axis.transAxes)
             axis.set_title(f"{FRONT[task][0]}, {norm} norm", fontsize=9)
             axis.set_xlabel("")
         top = max(line.get_ydata().max() for axis in row for line in axis.lines)
@@ -1019,7 +1002,7 @@ def axes_figure(raw, out, folder="grid"):
     """A point for each trained run: hard accuracy against what its float64 loop does."""
     keys = ("converged", "rho", "swapped_to_new")
     tasks = [task for task in FRONT if (raw / folder / f"axes-{task}.json").exists()]
-    figure, axes = new_figure(8.5, 0.6 + 2.4 * len(tasks), len(tasks), len(keys))
+    figure, axes = new_figure(8.5, 0.6 + 2.4 * len(tasks), len(tasks), len(keys), sharey="row")
     marks = dict(zip(GRID_NORMS, "s^oD", strict=True))
     for row, task in zip(axes, tasks, strict=True):
         for name, records in read_axes(raw, f"{folder}/axes-{task}.json").items():
@@ -1208,7 +1191,6 @@ def spectrum_figure(out):
 def figures(raw, out, names):
     """Draw all figures, or those named."""
     draw = {
-        "curve": lambda: front_figure(raw, out),
         "grid": lambda: grid_figure(raw, out),
         "axes": lambda: axes_figure(raw, out),
         "regions": lambda: regions_figure(out),
