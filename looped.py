@@ -865,9 +865,9 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
         for t, h, residual in run_loop(model, xb, max_loops, tol, damping):
             used[~converged] = t
             converged = residual < tol
-            if converged.all():
+            if converged.all() or t == max_loops:
+                parts.append((model.readout(h), used, converged))
                 break
-        parts.append((model.readout(h), used, converged))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
