@@ -699,7 +699,8 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
         seconds += time.time() - clock
         if rank == 0:
             began = time.time()
-            val = evaluate(model, *sets["val"], [cfg.loops])[cfg.loops]
+            # nothing is left out: a compiled step would be compiled again for each smaller batch
+            val = evaluate(model, *sets["val"], [cfg.loops], at_rest=0.0)[cfg.loops]
             val_seconds = time.time() - began
             if not math.isfinite(loss) or not math.isfinite(val["residual"]):
                 raise LoopedError(f"step {done} is not finite (loss {loss:.3g}): lower --lr; the "
@@ -809,9 +810,10 @@ def run_loop(model, x, max_loops, tol=AT_REST, damping=0.0):
 
 
 @torch.inference_mode()
-def evaluate(model, x, y, loops, progress=None):
+def evaluate(model, x, y, loops, progress=None, at_rest=AT_REST):
     """Accuracy and motion of puzzles x, y [N, L] after each of the loop counts `loops`.
 
+    A puzzle that moves less than at_rest is looped no more, so that its residual2 is 0.
     -> {count: {"exact":      share of puzzles with every token right (those that are not scored,
                               such as the clues of a sudoku, have known labels too),
                 "token":      share of scored tokens that are right, mean over puzzles,
@@ -832,7 +834,7 @@ def evaluate(model, x, y, loops, progress=None):
         kept = {}
 
         # two loops more than asked for: the residuals of the last count look ahead
-        for t, h, residual in run_loop(model, xb, max(loops) + 2):
+        for t, h, residual in run_loop(model, xb, max(loops) + 2, at_rest):
             if t == 1:
                 first_norm = h.norm(dim=(1, 2))
             if t in total:

@@ -991,7 +991,8 @@ def test_the_checkpoint_is_picked_by_val_and_by_nothing_else(tmp_path, monkeypat
     calls = []
     weights = []
 
-    def evaluate(model, x, y, loops, progress=None):
+    def evaluate(model, x, y, loops, at_rest):
+        assert at_rest == 0                         # whole batches only, also of a compiled step
         assert x is sets["val"][0]
         assert y is sets["val"][1]
         assert list(loops) == [cfg.loops]
@@ -1017,7 +1018,7 @@ def test_the_checkpoint_is_picked_by_val_and_by_nothing_else(tmp_path, monkeypat
 def test_a_validation_after_a_resume_must_beat_the_best_before_it(tmp_path, monkeypatch):
     cfg = tiny(steps=4)
     score = {"exact": 0.75, "residual": 0.0}
-    monkeypatch.setattr(looped, "evaluate", lambda *_: {cfg.loops: score})
+    monkeypatch.setattr(looped, "evaluate", lambda *_, **__: {cfg.loops: score})
     stop_in_step(2, cfg, looped.LoopedTransformer(cfg), sets_of(cfg), tmp_path, None)
     before = looped.read_checkpoint(tmp_path)[0]
     score["exact"] = 0.5
@@ -1186,9 +1187,9 @@ def test_time_in_validation_is_not_training_time(tmp_path, monkeypatch):
         now[0] += 1
         return real_loss(*args)
 
-    def evaluate(*args):
+    def evaluate(*args, **options):
         now[0] += 100
-        return real_evaluate(*args)
+        return real_evaluate(*args, **options)
     monkeypatch.setattr(looped.time, "time", lambda: now[0])
     monkeypatch.setattr(looped, "compute_loss", loss)
     monkeypatch.setattr(looped, "evaluate", evaluate)
@@ -1301,7 +1302,7 @@ def home(finished):
     return Path()
 
 
-def stopped(*args):
+def stopped(*args, **options):
     """In place of any function: Ctrl-C comes while it works."""
     raise KeyboardInterrupt
 
@@ -1669,11 +1670,11 @@ def test_a_stopped_run_exits_130_and_the_printed_command_finishes_it_bit_for_bit
     real = looped.evaluate
     validations = []
 
-    def evaluate(*args):
+    def evaluate(*args, **options):
         validations.append(None)
         if len(validations) == 2:
             os.kill(os.getpid(), number)
-        return real(*args)
+        return real(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(looped, "evaluate", evaluate)
