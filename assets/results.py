@@ -34,9 +34,9 @@ LEVELS = ("easy", "hard")
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
-# the cells of the grid, in the order and the colours in which they are shown
-RECALLS = {"none": "0.45", "external": "#D55E00", "internal": "#0072B2"}
-GRID_NORMS = ["pre", "peri", "outer", "gru"]
+# the cells of the grid, in the order in which they are shown
+RECALLS = ("none", "external", "internal")
+GRID_NORMS = ("pre", "peri", "outer", "gru")
 
 
 class ResultsError(Exception):
@@ -83,11 +83,16 @@ def read_json(path):
         raise ResultsError(f"{path}: not a JSON file") from None
 
 
+def without_seed(name):
+    """The name that a run shares with other seeds."""
+    return re.sub(r"-?seed\d+$", "", name)
+
+
 def read_run(path):
     """An eval.json -> Run. Raises ResultsError."""
     folder = path.parent
     seed = re.search(r"seed(\d+)$", folder.name)
-    name = re.sub(r"-?seed\d+$", "", folder.name) or folder.resolve().parent.name
+    name = without_seed(folder.name) or folder.resolve().parent.name
     run = Run(folder, name, int(seed[1]) if seed else 0, read_json(path))
     try:
         for level in LEVELS:
@@ -213,10 +218,6 @@ def task_key(config):
     return f"sudoku{config['side']}" if config["task"] == "sudoku" else config["task"]
 
 
-def task_name(config):
-    return FRONT[task_key(config)][0]
-
-
 def front_table(raw, *patterns):
     """For the front page: a row for each group of seeds, and one for its retries if it has them.
 
@@ -314,9 +315,9 @@ def seeds_table(raw, *patterns):
 
 
 def validations(run):
-    """-> share solved at each validation of a run, from its log.jsonl."""
+    """-> the records of a run's validations, from its log.jsonl: exact, loss, ..."""
     records = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
-    return [record["exact"] for record in records if "exact" in record]
+    return [record for record in records if "exact" in record]
 
 
 def validation_table(raw, *patterns):
@@ -325,7 +326,7 @@ def validation_table(raw, *patterns):
     for name, runs in find_groups(raw, patterns).items():
         config = runs[0].result["config"]
         seeds = " ".join(str(run.result["config"]["seed"]) for run in runs)
-        exact = [validations(run)[-1] for run in runs]
+        exact = [validations(run)[-1]["exact"] for run in runs]
         rows.append([name, config["lr"], seeds, config["n_val"], each(exact, ".3f")])
     return markdown(["run", "learning rate", "seed", "validation puzzles", "exact"], rows)
 
@@ -338,8 +339,8 @@ def rates_table(raw, pattern):
     found = {}
     for (run,) in find_groups(raw, [pattern]).values():
         variant = run.name.split("-lr")[0]
-        last = json.loads((run.folder / "log.jsonl").read_text().splitlines()[-1])
-        score = (max(validations(run)), -last["loss"])
+        records = validations(run)
+        score = (max(record["exact"] for record in records), -records[-1]["loss"])
         found.setdefault(variant, {})[run.result["config"]["lr"]] = score
     rates = sorted({rate for row in found.values() for rate in row})
     rows = []
@@ -363,7 +364,7 @@ def cell_order(name):
     known = recall in RECALLS and norm in GRID_NORMS
     if not known:
         return len(RECALLS), 0, name
-    return list(RECALLS).index(recall), GRID_NORMS.index(norm), name
+    return RECALLS.index(recall), GRID_NORMS.index(norm), name
 
 
 def grid_table(raw, *patterns):
@@ -375,7 +376,8 @@ def grid_table(raw, *patterns):
     head = ["hard puzzles solved"]
     for groups in columns:
         config = next(iter(groups.values()))[0].result["config"]
-        head.append(f"{task_name(config)}, {config['loops']} → {config['eval_loops']} loops")
+        task, *_ = FRONT[task_key(config)]
+        head.append(f"{task}, {config['loops']} → {config['eval_loops']} loops")
     most = max(len(runs) for groups in columns for runs in groups.values())
     rows = []
     for name in sorted({name for groups in columns for name in groups}, key=cell_order):
@@ -491,9 +493,14 @@ def read_axes(raw, file):
     for record in read_json(raw / file):
         record["rho"] = max(record["rho"])
         record["sensitivity_30_100_500"] = record["sensitivity_30_100_500"][-1]
-        name = re.sub(r"-?seed\d+$", "", Path(record["run"]).name)
+        name = without_seed(Path(record["run"]).name)
         found.setdefault(name, []).append(record)
     return found
+
+
+def has_axis(records, key):
+    """Without recall there is no input to swap."""
+    return key != "swapped_to_new" or records[0]["recall"] != "none"
 
 
 def column(records, key):
@@ -531,7 +538,7 @@ def rank_table(raw, *files):
 
     The interval is of a bootstrap over variants, as the seeds of one are no independent runs; the
     control is the 97.5 % quantile of its size when the accuracies are shuffled among the runs.
-    Without recall there is no input to swap, so that axis leaves those runs out.
+    A variant that lacks the axis is left out (has_axis).
     """
     head = ["rank correlation with hard accuracy"]
     rows = [[title] for title, _ in AXES.values()]
@@ -539,9 +546,7 @@ def rank_table(raw, *files):
         head += [Path(file).stem, "shuffled"]
         variants = list(read_axes(raw, file).values())
         for row, key in zip(rows, AXES, strict=True):
-            some = variants
-            if key == "swapped_to_new":
-                some = [records for records in variants if records[0]["recall"] != "none"]
+            some = [records for records in variants if has_axis(records, key)]
             now, low, high, chance = bootstrap(some, key)
             runs = sum(map(len, some))
             row += [f"{now:+.2f} [{low:+.2f}, {high:+.2f}], {runs} runs", f"{chance:.2f}"]
@@ -904,6 +909,7 @@ ORANGE = "#D55E00"
 GREEN = "#009E73"
 YELLOW = "#E69F00"
 PINK = "#CC79A7"
+RECALL_COLOURS = dict(zip(RECALLS, ("0.45", ORANGE, BLUE), strict=True))
 
 
 def new_figure(width, height, rows=1, columns=1, **options):
@@ -977,7 +983,7 @@ def grid_figure(raw, out, folder="grid"):
     for row, task in zip(axes, tasks, strict=True):
         groups = find_groups(raw, [f"{folder}/{task}/*"])
         for axis, norm in zip(row, GRID_NORMS, strict=True):
-            for recall, colour in RECALLS.items():
+            for recall, colour in RECALL_COLOURS.items():
                 runs = groups.get(f"{recall}-{norm}", [])
                 for run in runs:
                     counts, exact = mean_curve([run], "hard")
@@ -1008,13 +1014,13 @@ def axes_figure(raw, out, folder="grid"):
         for name, records in read_axes(raw, f"{folder}/axes-{task}.json").items():
             recall, norm = records[0]["recall"], records[0]["norm"]
             for axis, key in zip(row, keys, strict=True):
-                if key == "swapped_to_new" and recall == "none":
-                    continue        # there is no input to swap
+                if not has_axis(records, key):
+                    continue
                 axis.plot(
                     column(records, key),
                     column(records, "hard"),
                     marks[norm],
-                    color=RECALLS[recall],
+                    color=RECALL_COLOURS[recall],
                     alpha=0.75,
                     markersize=5,
                     label=name.replace("-", ", "),
