@@ -48,6 +48,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -1243,13 +1244,19 @@ def run_training(cfg, state):
 
         torch.manual_seed(cfg.seed)
         model = LoopedTransformer(cfg).to(device)
-        if cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda"):
+        compiled = cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda")
+        if compiled:
             torch._dynamo.config.cache_size_limit = 64      # one graph per shape and gradient mode
             torch.compiler.assume_constant_result(constant_tables)     # marks the function
+            # it recommends TF32, whose three digits would hide whether a state is at rest
+            warnings.filterwarnings("ignore", message="TensorFloat32")
             model.step = torch.compile(model.step, dynamic=False)
 
         if rank == 0:
             describe(cfg, model, sets, out, device)
+        if rank == 0 and compiled:
+            # compile for the validation now: the first one's time tells how much is left
+            evaluate(model, *sets["val"], [cfg.loops], at_rest=0.0)
         train(cfg, model, sets, out, state, rank, world)
         if world > 1:
             torch.distributed.destroy_process_group()
