@@ -127,6 +127,7 @@ class Config:
                         ("carry", "progressive"), group="training")
     loops: int = option(None, "loops of a puzzle in training (and in validation)")
     grad_loops: int = option(None, "carry: loops in a step, all with gradient")
+    rest: float = option(0.1, "carry: weight of the last loop's motion in the loss", low=0)
     steps: int = option(None, "optimizer steps")
     batch: int = option(None, "puzzles in a step")
     optimizer: str = option(None, "AdamW, or Muon for hidden matrices and AdamW for the rest",
@@ -460,7 +461,8 @@ class LoopedTransformer(nn.Module):
         """Loop on from the states h [B, L, D], or from h_0 = e where there are none.
 
         x [B, L], restart [B] bool: puzzles that restart from e and ignore h
-        -> logits [B, L, classes] and h [B, L, D], both after `loops` loops.
+        -> logits [B, L, classes] and h [B, L, D], both after `loops` loops, and old [B, L, D],
+        which is h one loop before.
         """
         e = self.embed(x)
         r = self.recall(e)
@@ -469,8 +471,9 @@ class LoopedTransformer(nn.Module):
         elif restart is not None:
             h = torch.where(restart[:, None, None], e, h)
         for _ in range(loops):
+            old = h
             h = self.step(h, r)
-        return self.readout(h), h
+        return self.readout(h), h, old
 
 
 # -----------------------------------------------------------------------------
@@ -490,6 +493,9 @@ def carry_loss(model, task, cfg, batch, carry):
     shrink geometrically, the sooner the smaller that radius is. (Without recall the answer has to
     depend on the path, and the argument does not hold.)
 
+    The task's loss alone does not make a state come to rest: it may go round for ever, between
+    places that all give the right answer. So cfg.rest adds the motion of the last loop to the loss.
+
     batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops that a
     puzzle has had, see start_carry} -> loss, new carry.
     """
@@ -498,8 +504,12 @@ def carry_loss(model, task, cfg, batch, carry):
     x = torch.where(over[:, None], new_x, carry["x"])
     y = torch.where(over[:, None], new_y, carry["y"])
 
-    logits, h = model(x, cfg.grad_loops, carry["h"], restart=over)
+    logits, h, old = model(x, cfg.grad_loops, carry["h"], restart=over)
     loss = task.loss(logits, y)
+
+    # the last loop shall move the state little: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens
+    motion = (h - old).square().sum(-1) / h.detach().square().sum(-1)
+    loss = loss + cfg.rest * motion.mean()
 
     age = carry["age"].masked_fill(over, 0) + cfg.grad_loops
     return loss, {"x": x, "y": y, "h": h.detach(), "age": age}
@@ -525,7 +535,7 @@ def progressive_loss(model, task, cfg, batch, rng):
     if n > 0:
         with torch.no_grad():
             h = model(x, n)[1]
-    logits, _ = model(x, k, h)
+    logits, _, _ = model(x, k, h)
     return task.loss(logits, y)
 
 
@@ -1006,8 +1016,8 @@ def mark_token(labels, shown, y, i, text):
 BOARD = dict(n_train=20000, n_hard=256, width=64, loops=30, grad_loops=3, steps=8000,
              batch=64, optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25)
 DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=800,
-                        batch=100, optimizer="adamw", lr=1e-3, eval_loops=500, damping=0.0),
+    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=500,
+                        batch=100, optimizer="adamw", lr=3e-3, eval_loops=500, damping=0.0),
     "sudoku": BOARD,
     "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
                           eval_loops=64),

@@ -201,7 +201,7 @@ def test_positions_count_but_only_relative_ones():
     def middle(h, shift=0):
         """3 loops reach 6 tokens, so that the middle knows nothing of the ends."""
         x = torch.zeros(1, 60).long()
-        _, h = model(x, 3, h)
+        h = model(x, 3, h)[1]
         return h[:, 12 + shift:39 + shift]
 
     # all moved 9 places to the right: so is the result
@@ -444,8 +444,9 @@ def test_a_choice_without_its_branch_is_an_error_that_names_it(name, monkeypatch
 # the two losses
 
 
-def test_carry_loss_is_the_loss_of_puzzles_unrolled_one_by_one():
-    model = model_of(loops=6)
+@pytest.mark.parametrize("rest", [0.0, 0.7])
+def test_carry_loss_is_the_loss_of_puzzles_unrolled_one_by_one(rest):
+    model = model_of(loops=6, rest=rest)
     x, y, new_x, new_y = torch.randint(2, (4, 4, 9))
     h = unroll(model, model.embed(x), model.embed(x), 2)        # its graph must not be followed
     age = torch.tensor([2, 5, 6, 7])
@@ -458,23 +459,28 @@ def test_carry_loss_is_the_loss_of_puzzles_unrolled_one_by_one():
     assert same([after["x"], after["y"]], [x, y])
     assert after["age"].tolist() == [4, 7, 2, 2]
 
-    def naive(h):
+    def naive(h, rest=rest):
         total = 0
         for b in range(4):
             e = model.embed(x[b:b + 1])
             start = h[b:b + 1] if b < 2 else e
-            end = unroll(model, start, e, 2)
+            middle = unroll(model, start, e, 1)
+            end = unroll(model, middle, e, 1)
             assert close(end[0], after["h"][b], atol=1e-12)
             total += F.cross_entropy(model.readout(end)[0].float(), y[b]) / 4
+            # the length of the state is a number here: growing is no way to look still
+            for old, new in zip(middle[0], end[0], strict=True):
+                total += rest / 36 * ((new - old).norm() / new.norm().item()) ** 2
         return total
 
-    assert close(loss, naive(h), atol=1e-6)
+    assert close(loss.double(), naive(h).double(), atol=1e-6)
     assert not after["h"].requires_grad
     ours = gradient(model, loss)
     assert close(ours, gradient(model, naive(h.detach())), atol=1e-6)
 
-    # control: the gradient through all loops is another one
+    # controls: the gradient through all loops is another one, and so is that of another weight
     assert (ours - gradient(model, naive(h))).abs().max() > 1e-4
+    assert (ours - gradient(model, naive(h.detach(), rest + 0.1))).abs().max() > 1e-4
 
 
 def test_the_first_carry_holds_new_puzzles_of_evenly_spread_ages():
@@ -1553,6 +1559,7 @@ BAD = [
     ("--eval_every 0", "eval_every"),
     ("--damping 1", "damping"),
     ("--damping -0.1", "damping"),
+    ("--rest -0.1", "rest"),
     ("--weight_decay -1", "weight_decay"),
     ("--warmup -1", "warmup"),
     ("--seed -1", "seed"),
@@ -3956,6 +3963,19 @@ def test_pairs_are_compared_seed_by_seed_with_students_interval(raw):
         mean, low, high = map(float, re.findall(r"[+-][\d.]+", row[6]))
         assert mean == pytest.approx(statistics.mean(gaps), abs=6e-4)
         assert (low, high) == pytest.approx((mean - half, mean + half), abs=2e-3)
+
+
+def test_halting_counts_the_puzzles_of_all_seeds(raw):
+    for seed, (n, converge, right, solved, loops) in enumerate([(32, 24, 16, 20, 10),
+                                                                (64, 8, 8, 40, 40)]):
+        _, path = made_up_run(raw, f"new-seed{seed}")
+        result = json.loads(path.read_text())
+        result["halting"]["hard"] = {"n": n, "converged": converge / n, "exact": solved / n,
+                                     "converged_and_right": right / n, "loops": loops}
+        path.write_text(json.dumps(result))
+    row = cells(results.make_table(raw, "halting made-up/*"), "new")
+    assert row[1] == "2"
+    assert row[6:] == ["32 of 96", "24", "60", "30"]        # (32 * 10 + 64 * 40) / 96 loops
 
 
 def test_the_rate_chosen_validates_best_and_of_equal_ones_has_the_lowest_loss(raw):

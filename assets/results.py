@@ -208,10 +208,11 @@ def runs_table(raw, *patterns):
 FRONT = {
     "prefix_sums": ("prefix sums", "32 bits", "512 bits"),
     "sudoku4": ("sudoku 4x4", "7 to 10 clues", "4 or 5 clues"),
-    "sudoku6": ("sudoku 6x6", "singles suffice", "they do not"),
-    "sudoku9": ("sudoku 9x9", "0 to 4 placements tried", "5 and more tried"),
+    "sudoku6": ("sudoku 6x6", "naked and hidden singles suffice", "they do not"),
+    "sudoku9": ("sudoku 9x9", "a search tries 0 to 4 placements", "5 and more"),
     "chess": ("chess", "mates in one", "mates in two"),
 }
+LICHESS = ("Lichess, rated to 1600", "1601 to 2000")
 
 
 def task_key(config):
@@ -228,6 +229,10 @@ def front_table(raw, *patterns):
     for runs in find_groups(raw, patterns).values():
         config = runs[0].result["config"]
         task, easy, hard = FRONT[task_key(config)]
+        if config["files"]:
+            easy, hard = LICHESS
+        if config["width"] > 64:
+            task += f", width {config['width']}, GPU"
         rows.append(
             [
                 task,
@@ -312,6 +317,27 @@ def seeds_table(raw, *patterns):
         ],
         rows,
     )
+
+
+def halting_table(raw, *patterns):
+    """How many puzzles converge by themselves, how many of those are right, after which loops."""
+    head = ["run", "seeds"]
+    for level in LEVELS:
+        head += [f"{level}, converge", "right of those", "solved", "loops, mean"]
+    rows = []
+    for name, runs in find_groups(raw, patterns).items():
+        row = [name, len(runs)]
+        for level in LEVELS:
+            halting = [run.result["halting"][level] for run in runs]
+            n = sum(found["n"] for found in halting)
+            converge, right, solved = (
+                round(sum(found[share] * found["n"] for found in halting))
+                for share in ("converged", "converged_and_right", "exact")
+            )
+            loops = sum(found["loops"] * found["n"] for found in halting) / n
+            row += [f"{converge:,} of {n:,}", f"{right:,}", f"{solved:,}", f"{loops:.0f}"]
+        rows.append(row)
+    return markdown(head, rows)
 
 
 def validations(run):
@@ -698,25 +724,6 @@ def damping_table(raw, file, boards="256"):
     )
 
 
-def tries_table(raw, *files):
-    """Asking again under other names for the digits, until it converges."""
-    rows = []
-    for file in files:
-        for line in (raw / file).read_text().splitlines():
-            numbers = re.findall(r"\d+", line)
-            if re.match(r"\d+ tries:", line):
-                tries, solved, n, converged, right = numbers
-                rows.append([Path(file).stem, tries, f"{solved} of {n}", converged, right])
-            elif " tries " in line:
-                tries, solved, converged, right = numbers
-                boards = line.split(f" {tries} tries")[0]
-                rows.append(
-                    [f"{Path(file).stem}, {boards}", tries, f"{solved} of 256", converged, right]
-                )
-    rows = [row for row in rows if row[1] in ("1", "2", "5", "10")]
-    return markdown(["boards", "tries", "solved", "converged", "of those solved"], rows)
-
-
 def speed_table(raw, folder):
     """Milliseconds a step, without those up to the first evaluation."""
     rows = []
@@ -735,6 +742,7 @@ TABLES = {
     "front": front_table,
     "loops": loops_table,
     "seeds": seeds_table,
+    "halting": halting_table,
     "validation": validation_table,
     "rates": rates_table,
     "grid": grid_table,
@@ -750,7 +758,6 @@ TABLES = {
     "overlap": overlap_table,
     "theory": theory_table,
     "damping": damping_table,
-    "tries": tries_table,
     "speed": speed_table,
 }
 
@@ -830,18 +837,28 @@ def phrases(raw):
     kept = min(row["distinct"] for row in last)
     said.append(f"followed for {last[0]['loops']:,} loops at least {kept} kept one of their own")
 
-    # internal against external recall on 6x6, paired by seed
+    # internal against external recall on boards, paired by seed
     for pattern, first, second in (
+        ("wide/sudoku9/*", "internal-outer", "external-outer"),
         ("grid/sudoku6/*", "internal-outer", "external-outer"),
         ("current/sudoku6-1000/*", "adamw-internal", "adamw-external"),
         ("current/sudoku6-1000/*", "muon-internal", "muon-external"),
-        ("current/sudoku6/*", "internal", "external"),
         ("grid6/*", "internal-outer", "external-outer"),
     ):
         pairs = pair_by_seed(find_groups(raw, [pattern]), first, second)
         mean, half = mean_difference([one.exact("hard") - other.exact("hard")
                                       for one, other in pairs])
         said.append(f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
+
+    # the paper's own protocol
+    groups = find_groups(raw, ["wide/paper/prefix_sums/*"])
+    hits = {}
+    for cell, runs in groups.items():
+        n = sum(run.n("hard") for run in runs)
+        hits[cell] = f"{sum(run.exact('hard') * run.n('hard') for run in runs):.0f} of {n}"
+    said.append(f"internal recall solves {hits['internal-pre']} with pre norm and "
+                f"{hits['internal-outer']} with outer norm")
+    said.append(f"does with either, {hits['external-pre']} and {hits['external-outer']}")
 
     # accuracy and the axes
     for task in ("sudoku6", "prefix_sums"):
@@ -852,12 +869,12 @@ def phrases(raw):
     runs = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
     right, converged = right_of_converged(runs, LEVELS)
     percent = round(100 * right / converged)
-    said.append(f"{percent} % are right ({right:,} of {converged:,},")
+    said.append(f"{percent} % are right ({right:,} of {converged:,})")
     tries = np.mean([run.halting("hard")[0] for run in runs])
     single = np.mean([run.exact("hard") for run in runs])
-    said.append(f"that solves {tries:.2f} of the hard boards, "
-                f"one undamped pass of 512 loops {single:.2f}")
-    right, converged = right_of_converged(find_groups(raw, ["current/chess/*"])["chess"], ["easy"])
+    said.append(f"Such tries solve {tries:.2f} of the hard boards, one pass {single:.2f}")
+    runs = find_groups(raw, ["without-rest/chess/*"])["chess"]
+    right, converged = right_of_converged(runs, ["easy"])
     said.append(f"({converged - right} of {converged} easy ones wrong)")
     return said
 
