@@ -1264,9 +1264,9 @@ def run_training(cfg, state):
 
         if rank == 0:
             describe(cfg, model, sets, out, device)
-        if rank == 0 and compiled:
-            # compile for the validation now: the first one's time tells how much is left
-            evaluate(model, *sets["val"], [cfg.loops], at_rest=0.0)
+            if compiled:
+                # for the validation now: the first one's time tells how much is left
+                evaluate(model, *sets["val"], [cfg.loops], at_rest=0.0)
         train(cfg, model, sets, out, state, rank, world)
         if world > 1:
             torch.distributed.destroy_process_group()

@@ -143,12 +143,27 @@ def each(values, form=".2f"):
     return " ".join(format(value, form) for value in values)
 
 
-def pooled(runs, level):
-    """All puzzles of all seeds -> "659 of 768 [0.83, 0.88]"."""
-    n = sum(run.n(level) for run in runs)
+def hits_of(runs, level):
+    """-> how many puzzles of all seeds are solved in one pass, and of how many."""
     hits = round(sum(run.exact(level) * run.n(level) for run in runs))
+    return hits, sum(run.n(level) for run in runs)
+
+
+def halted(runs, levels, share):
+    """-> the sum over puzzles of what "halting" in eval.json holds as a mean, or as a share."""
+    found = [run.result["halting"][level] for run in runs for level in levels]
+    return round(sum(record[share] * record["n"] for record in found))
+
+
+def with_interval(hits, n):
+    """-> "659 of 768 [0.830, 0.882]"."""
     low, high = wilson(hits, n)
     return f"{hits:,} of {n:,} [{low:.3f}, {high:.3f}]"
+
+
+def pooled(runs, level):
+    """All puzzles of all seeds, with the interval of their share."""
+    return with_interval(*hits_of(runs, level))
 
 
 def sizes(runs, level):
@@ -211,8 +226,8 @@ FRONT = {
     "sudoku6": ("sudoku 6x6", "naked and hidden singles suffice", "they do not"),
     "sudoku9": ("sudoku 9x9", "a search tries 0 to 4 placements", "5 and more"),
     "chess": ("chess", "mates in one", "mates in two"),
+    "lichess": ("chess", "Lichess, rated to 1600", "1601 to 2000"),
 }
-LICHESS = ("Lichess, rated to 1600", "1601 to 2000")
 
 
 def task_key(config):
@@ -228,10 +243,11 @@ def front_table(raw, *patterns):
     rows = []
     for runs in find_groups(raw, patterns).values():
         config = runs[0].result["config"]
-        task, easy, hard = FRONT[task_key(config)]
-        if config["files"]:
-            easy, hard = LICHESS
-        if config["width"] > 64:
+        key = task_key(config)
+        if key == "chess" and config["files"]:
+            key = "lichess"
+        task, easy, hard = FRONT[key]
+        if chip(runs[0]).startswith("NVIDIA"):
             task += f", width {config['width']}, GPU"
         rows.append(
             [
@@ -258,9 +274,7 @@ def retries_row(runs, tries):
         exact, _, loops, n = zip(*[run.halting(level) for run in runs], strict=True)
         mean_loops.append(f"{np.mean(loops):.0f}")
         row += ["", spread(exact)]
-    hits = round(sum(share * count for share, count in zip(exact, n, strict=True)))
-    low, high = wilson(hits, sum(n))
-    interval = f"{hits:,} of {sum(n):,} [{low:.3f}, {high:.3f}]"
+    interval = with_interval(halted(runs, ["hard"], "exact"), sum(n))
     return [*row, interval, " and ".join(mean_loops) + " on average", ""]
 
 
@@ -328,16 +342,21 @@ def halting_table(raw, *patterns):
     for name, runs in find_groups(raw, patterns).items():
         row = [name, len(runs)]
         for level in LEVELS:
-            halting = [run.result["halting"][level] for run in runs]
-            n = sum(found["n"] for found in halting)
-            converge, right, solved = (
-                round(sum(found[share] * found["n"] for found in halting))
-                for share in ("converged", "converged_and_right", "exact")
-            )
-            loops = sum(found["loops"] * found["n"] for found in halting) / n
-            row += [f"{converge:,} of {n:,}", f"{right:,}", f"{solved:,}", f"{loops:.0f}"]
+            n = sum(run.result["halting"][level]["n"] for run in runs)
+            row += [
+                f"{halted(runs, [level], 'converged'):,} of {n:,}",
+                f"{halted(runs, [level], 'converged_and_right'):,}",
+                f"{halted(runs, [level], 'exact'):,}",
+                f"{halted(runs, [level], 'loops') / n:.0f}",
+            ]
         rows.append(row)
     return markdown(head, rows)
+
+
+def chip(run):
+    """What the run was trained on, from the first record of its log.jsonl."""
+    first, *_ = (run.folder / "log.jsonl").read_text().splitlines()
+    return json.loads(first)["chip"]
 
 
 def validations(run):
@@ -808,9 +827,7 @@ IN_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eigh
 
 def right_of_converged(runs, levels):
     """-> how many of the puzzles that converged by themselves are right, and how many converged."""
-    found = [run.result["halting"][level] for run in runs for level in levels]
-    right = sum(record["converged_and_right"] * record["n"] for record in found)
-    return round(right), round(sum(record["converged"] * record["n"] for record in found))
+    return halted(runs, levels, "converged_and_right"), halted(runs, levels, "converged")
 
 
 def phrases(raw):
@@ -854,8 +871,7 @@ def phrases(raw):
     groups = find_groups(raw, ["wide/paper/prefix_sums/*"])
     hits = {}
     for cell, runs in groups.items():
-        n = sum(run.n("hard") for run in runs)
-        hits[cell] = f"{sum(run.exact('hard') * run.n('hard') for run in runs):.0f} of {n}"
+        hits[cell] = "{} of {}".format(*hits_of(runs, "hard"))
     said.append(f"internal recall solves {hits['internal-pre']} with pre norm and "
                 f"{hits['internal-outer']} with outer norm")
     said.append(f"does with either, {hits['external-pre']} and {hits['external-outer']}")
