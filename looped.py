@@ -143,7 +143,7 @@ class Config:
     eval_loops: int = option(None, "largest loop count of the table", group="evaluation")
     eval_every: int = option(100, "steps from one validation to the next")
     tol: float = option(1e-3, "converged: the state moves less than this")
-    damping: float = option(None, "d in halting: h <- (1 - d) step(h) + d h", low=0)
+    damping: float = option(None, "d in --tries and --watch: h <- (1 - d) step(h) + d h", low=0)
     tries: int = option(1, "boards: try again in another form until it converges")
     watch: bool = option(False, "with --resume: show how one puzzle is solved")
     puzzle: str = option(None, "the puzzle to watch: bits, a board with . for blanks, a FEN")
@@ -820,7 +820,6 @@ def run_loop(model, x, max_loops, tol=AT_REST, damping=0.0):
         yield t, h, residual
 
 
-@torch.inference_mode()
 def evaluate(model, x, y, loops, progress=None, at_rest=AT_REST):
     """Accuracy and motion of puzzles x, y [N, L] after each of the loop counts `loops`.
 
@@ -832,24 +831,38 @@ def evaluate(model, x, y, loops, progress=None, at_rest=AT_REST):
                 "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
                 "norm_ratio": |h_t| / |h_1|, mean over puzzles}}
     """
+    table, *_ = follow(model, x, y, loops, progress, at_rest)
+    return table
+
+
+@torch.inference_mode()
+def follow(model, x, y, loops, progress=None, at_rest=AT_REST, tol=1e-3):
+    """One pass over the loops for both: the table of evaluate(), and halting as in solve().
+
+    -> table; and of puzzles that stop once they have converged, or at the largest loop count:
+    labels [N, L], loops used [N], converged [N].
+    """
     if min(loops) < 1:
         raise LoopedError(f"loop counts start at 1, not at {min(loops)}")
     names = ("exact", "token", "residual", "residual2", "norm_ratio")
     total = {t: dict.fromkeys(names, 0.0) for t in loops}
+    last = max(loops)
+    labels = torch.empty_like(y)
+    used = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     size = chunk_size(x)
     for start in range(0, len(x), size):
-        xb = x[start:start + size]
-        yb = y[start:start + size]
-        scored = model.task.scored(xb)
+        chunk = slice(start, start + size)
+        scored = model.task.scored(x[chunk])
         kept = {}
 
         # two loops more than asked for: the residuals of the last count look ahead
-        for t, h, residual in run_loop(model, xb, max(loops) + 2, at_rest):
+        for t, h, residual in run_loop(model, x[chunk], last + 2, min(at_rest, tol)):
             if t == 1:
                 first_norm = h.norm(dim=(1, 2))
             if t in total:
-                right = model.task.predict(model.readout(h)) == yb
+                right = model.task.predict(model.readout(h)) == y[chunk]
                 token = (right & scored).sum(-1) / scored.sum(-1).clamp(min=1)
                 total[t]["exact"] += right.all(-1).sum().item()
                 total[t]["token"] += token.sum().item()
@@ -859,10 +872,19 @@ def evaluate(model, x, y, loops, progress=None, at_rest=AT_REST):
                 total[t - 1]["residual"] += residual.sum().item()
             if t - 2 in total:
                 total[t - 2]["residual2"] += relative_change(h, kept.pop(t - 2)).sum().item()
+
+            # a puzzle that stops by itself has the answer of this loop
+            if t <= last:
+                stops = ~converged[chunk] & ((residual < tol) | (t == last))
+                if stops.any():
+                    labels[chunk][stops] = model.task.predict(model.readout(h[stops]))
+                    used[chunk][stops] = t
+                converged[chunk] |= residual < tol
         if progress is not None:
             progress(min(start + size, len(x)), len(x))
 
-    return {t: {name: total[t][name] / len(x) for name in names} for t in loops}
+    table = {t: {name: total[t][name] / len(x) for name in names} for t in loops}
+    return table, labels, used, converged
 
 
 @torch.inference_mode()
@@ -885,21 +907,24 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
 
 
 @torch.inference_mode()
-def retry(model, x, tries, generator, **halting):
+def retry(model, x, tries, generator, progress=None, **halting):
     """Puzzles x [N, L] that do not converge are retried in a symmetric form, `tries` times in all.
 
     For example a board with its digits renamed and its rows and columns in another order; no labels
-    are needed. halting: options of solve().
+    are needed. progress(tried, tries) is called after each but the last; halting: options of
+    solve().
     The first answer that converged counts, or else the first of all.
     (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
     -> labels [N, L], loops used in all tries [N], converged [N].
     """
     logits, used, converged = solve(model, x, **halting)
     labels = model.task.predict(logits)
-    for _ in range(1, tries):
+    for tried in range(1, tries):
         left = (~converged).nonzero()[:, 0]
         if len(left) == 0:
             break
+        if progress is not None:
+            progress(tried, tries)
         renamed, undo = model.task.rename(x[left], generator)
         logits, loops, now = solve(model, renamed, **halting)
         labels[left[now]] = undo(model.task.predict(logits))[now]
@@ -926,13 +951,14 @@ def report(cfg, model, sets):
     began = time.time()
     for level in levels:
         x, y = sets[level]
-        result[level] = evaluate(model, x, y, counts, data.progress(f"evaluating {level}"))
-        # halting looks at 32 puzzles, because it takes long, unless --tries was asked for
-        if cfg.tries == 1:
-            x, y = x[:32], y[:32]
-        generator = torch.Generator(x.device).manual_seed(cfg.seed)
-        labels, used, converged = retry(model, x, cfg.tries, generator, tol=cfg.tol,
-                                        max_loops=cfg.eval_loops, damping=cfg.damping)
+        # one pass over the loops shows what each count solves, and where puzzles stop by themselves
+        progress = data.progress(f"evaluating {level}")
+        result[level], labels, used, converged = follow(model, x, y, counts, progress, tol=cfg.tol)
+        if cfg.tries > 1:
+            generator = torch.Generator(x.device).manual_seed(cfg.seed)
+            progress = data.progress(f"trying {level} again")
+            labels, used, converged = retry(model, x, cfg.tries, generator, progress, tol=cfg.tol,
+                                            max_loops=cfg.eval_loops, damping=cfg.damping)
         right = (labels == y).all(-1)
         result["halting"][level] = {
             "n": len(x),

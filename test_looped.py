@@ -731,17 +731,18 @@ def test_wilsons_interval_holds_the_rates_that_the_count_does_not_contradict(rig
 
 
 def scripted_report(monkeypatch, capsys, exact):
-    """The report of a run whose evaluate gives exact[level][t] -> result, printed text."""
+    """The report of a run whose follow gives exact[level][t] -> result, printed text."""
     cfg = tiny()
     model = looped.LoopedTransformer(cfg)
     sets = sets_of(cfg)
 
-    def evaluate(model, x, y, loops, progress=None):
+    def follow(model, x, y, loops, progress, tol):
         level, = [name for name in sets if sets[name][0] is x]
         rest = {"token": 0.0, "residual": 0.5, "residual2": 0.0, "norm_ratio": 1.0}
-        return {t: {"exact": exact[level][t]} | rest for t in loops}
+        table = {t: {"exact": exact[level][t]} | rest for t in loops}
+        return table, y, torch.zeros(len(x)), torch.zeros(len(x), dtype=torch.bool)
 
-    monkeypatch.setattr(looped, "evaluate", evaluate)
+    monkeypatch.setattr(looped, "follow", follow)
     result = looped.report(cfg, model, sets)
     return result, capsys.readouterr().out
 
@@ -766,10 +767,13 @@ def test_the_report_gives_the_tests_at_the_last_loop_count_and_the_best_only_bes
 
 
 @pytest.mark.parametrize("damping", [0.25, 0.75])
-def test_halting_in_the_report_is_damped_as_asked(damping, monkeypatch, capsys):
-    cfg = tiny(inject="add", damping=damping, eval_loops=50)
+def test_tries_in_the_report_are_damped_as_asked_and_the_table_is_not(damping, monkeypatch, capsys):
+    cfg = tiny(**BOARD, inject="add", damping=damping, eval_loops=50, tries=2)
     monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: r - 0.2 * h)
-    result = looped.report(cfg, looped.LoopedTransformer(cfg), sets_of(cfg))
+    sets = sets_of(cfg)
+    model = looped.LoopedTransformer(cfg)
+    result = looped.report(cfg, model, sets)
+    plain = looped.report(tiny(**BOARD, inject="add", eval_loops=50), model, sets)
 
     def loops_to_rest(d):
         """The same loop for a state that is s times the input."""
@@ -783,7 +787,30 @@ def test_halting_in_the_report_is_damped_as_asked(damping, monkeypatch, capsys):
     for level in ("easy", "hard"):
         halting = result["halting"][level]
         assert (halting["loops"], halting["converged"]) == (loops_to_rest(damping), 1)
-    assert loops_to_rest(0.25) != loops_to_rest(0.75)
+        assert plain["halting"][level]["loops"] == loops_to_rest(0.0)
+        assert result[level] == plain[level]
+    assert len({loops_to_rest(d) for d in (0.0, 0.25, 0.75)}) == 3
+
+
+def test_halting_of_the_table_is_that_of_solve(monkeypatch):
+    model = model_of(inject="add", bits=16)
+    x = torch.tensor([[1] * k + [0] * (17 - k) for k in range(17)]).repeat(30, 1)   # two chunks
+    y = torch.randint(2, x.shape)
+
+    def pull(self, h, r):
+        """To another point, at a speed that depends on the puzzle; one goes round for ever."""
+        ones = (r == self.tok_emb.weight[1]).all(-1).double().sum(1)[:, None, None]
+        return torch.where(ones == 2, -h, h + (0.2 + 0.03 * ones) * (3 * r.roll(1, 1) - h))
+    monkeypatch.setattr(looped.LoopedTransformer, "step", pull)
+
+    for tol, last in ((1e-4, 60), (1e-4, 20), (1e-7, 60)):
+        table, labels, used, converged = looped.follow(model, x, y, [1, last], tol=tol)
+        logits, loops, rests = looped.solve(model, x, tol=tol, max_loops=last)
+        assert same([labels, used, converged], [logits.argmax(-1), loops, rests])
+        if tol > looped.AT_REST:
+            assert table == looped.evaluate(model, x, y, [1, last])
+        assert converged.any() and not converged.all()              # control
+    assert len(set(used.tolist())) > 5
 
 
 def test_with_tries_halting_looks_at_every_puzzle_and_counts_what_is_both(monkeypatch, capsys):
@@ -792,7 +819,7 @@ def test_with_tries_halting_looks_at_every_puzzle_and_counts_what_is_both(monkey
     converged = torch.arange(40) % 2 == 0
     right = torch.arange(40) % 4 == 0
 
-    def retry(model, x, tries, generator, **halting):
+    def retry(model, x, tries, generator, progress, **halting):
         y = next(y for name, (x_all, y) in sets.items() if x_all[0] is x[0] or same(x_all, x))
         labels = torch.where(right[:, None], y, 0)
         return labels, torch.full((40,), 3), converged
@@ -814,7 +841,7 @@ def test_the_report_says_how_many_puzzles_each_number_is_about(capsys):
         low, high = looped.wilson(solved, n)
         sentences = re.search(rf"^{level}: .*, {n} puzzles\n.*\n.*$", printed, re.M).group()
         assert f"interval {low:.3f} to {high:.3f};" in sentences
-        assert "of 32 solved when each stops by itself" in sentences
+        assert f"of {n} solved when each stops by itself" in sentences
 
 
 def watched(monkeypatch, capsys, script, eval_loops=2):

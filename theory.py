@@ -248,9 +248,11 @@ def memory(f, loops, seed):
     path = []
     sizes = []
     directions = []
+    small = 1e-5
     for _ in range(loops):
-        v = push(f, h, v)
-        h = f(h)
+        # J(h) v as in push(), and f(h): one batch is three times as fast as three calls
+        h, up, down = f(torch.cat((h, h + small * v, h - small * v))).chunk(3)
+        v = (up - down) / (2 * small)
 
         # a vector of length 1 in each loop, so that differences stay far above their noise
         size = size + v.norm(dim=1).log()
