@@ -28,7 +28,7 @@ norm?) and in carry_loss (how to train a loop without unrolling all of it). Nota
     h [B, L, D]  state               H  attention heads
     r [B, L, D]  W_e e: what recall adds in every loop
     N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
-    W_h, W_e     the maps of recall: W_h acts on h, W_e on e (Wx and Wh in the authors' code)
+    W_h, W_e     the maps of recall: W_h acts on h, W_e on e (the authors' Wh and Wx)
 
 A loop is one call of step(); --steps counts those of the optimizer. Not in the paper: carry_loss();
 retry(); a start token before strings (added by data.py), and an embedding for each cell of a board
@@ -56,7 +56,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 
@@ -89,9 +88,9 @@ def option(default, help, choices=(), low=None, group=None, tasks=()):
 
 @dataclass
 class Config:
-    """Options of a run. None means: the task's own default (DEFAULTS, near the end of the file).
+    """Options of a run. Raises LoopedError.
 
-    Raises LoopedError.
+    None: the task's own default (DEFAULTS, near the end of the file), or not set.
     """
 
     # task and data
@@ -111,7 +110,7 @@ class Config:
     width: int = option(None, "D, channels of the state", group="model")
     heads: int = option(4, "attention heads")
     window: int = option(None, "tokens that a token attends to, in reading order; 0: all", low=0)
-    positions: str = option("absolute", "start token or cell embeddings, or RoPE alone",
+    positions: str = option("absolute", "RoPE and a start token or embedded cells, or RoPE alone",
                             ("absolute", "relative"))
     blocks: int = option(1, "untied blocks in a loop")
     recall: str = option("internal", "where the input is re-injected",
@@ -123,7 +122,7 @@ class Config:
     embed_rms: float = option(0.65, "rms of the token embedding at the start")
 
     # training
-    train: str = option("carry", "the loss: hand states on, or the paper's",
+    train: str = option("carry", "truncated backprop with carried states, or the paper's loss",
                         ("carry", "progressive"), group="training")
     loops: int = option(None, "loops of a puzzle in training (and in validation)")
     grad_loops: int = option(None, "carry: loops in a step, all with gradient")
@@ -133,7 +132,7 @@ class Config:
     optimizer: str = option(None, "AdamW, or Muon for hidden matrices and AdamW for the rest",
                             ("adamw", "muon"))
     lr: float = option(None, "learning rate after the warm-up")
-    decay: str = option("linear", "linear to 0, or x0.1 after 60 % of the steps",
+    decay: str = option("linear", "linear to 0, or slow warm-up and x0.1 after 60 % of the steps",
                         ("linear", "step"))
     warmup: int = option(50, "steps of warm-up", low=0)
     weight_decay: float = option(0.01, "on matrices and embeddings", low=0)
@@ -245,47 +244,6 @@ def rotate(u, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def window_table(L, window):
-    """Windowed attention at a cost linear in L: a chunk of C queries shares K keys.
-
-    K = C + window - 1, or L if that is less.
-    -> queries [n, C] and keys [n, K], which are indices of tokens, and mask [n, C, K], which is 0
-    where a query sees a key and -inf elsewhere. At both ends windows shift inwards, so that every
-    token sees `window` tokens.
-    """
-    window = min(window, L)
-    C = math.ceil(L / max(1, round(L / 32)))        # about 32, so that chunks are nearly even
-    n = math.ceil(L / C)
-
-    # the last chunk may be too long: it repeats the last token, and the caller drops the rest
-    queries = torch.arange(n * C).clamp(max=L - 1).view(n, C)
-    first = (queries - window // 2).clamp(0, L - window)    # the first token a query sees
-    keys = first[:, :1] + torch.arange(min(C + window - 1, L))
-
-    first = first[:, :, None]
-    seen = (keys[:, None, :] >= first) & (keys[:, None, :] < first + window)
-    mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
-    return queries, keys.clamp(max=L - 1), mask
-
-
-@functools.lru_cache(maxsize=64)
-def cached_tables(grid, window, heads, head_dim, base, device, dtype):
-    """The tables that attention needs: they depend on shapes only, so each is made once."""
-    with torch.inference_mode(False):       # made in an evaluation, used in training later
-        cos, sin = rotary_table(grid, head_dim, base)
-        tables = [cos.to(device, dtype), sin.to(device, dtype)]
-        if window > 0:
-            queries, keys, mask = window_table(math.prod(grid), window)
-            mask = mask.repeat_interleave(heads, dim=0)                 # [n * H, C, K]
-            tables += [queries.to(device), keys.to(device), mask.to(device, dtype)]
-        return tables
-
-
-def constant_tables(*shape):
-    """cached_tables as a plain function, which run_training declares constant to torch.compile."""
-    return cached_tables(*shape)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, full or windowed. q and k are normalized, then rotated (RoPE), so
     that only relative positions count."""
@@ -318,21 +276,8 @@ class Attention(nn.Module):
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H, L, D/H)
             o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         else:
-            queries, keys, mask = tables[2:]
-            o = self.chunked(q[:, queries], k[:, keys], v[:, keys], mask)[:, :L]
+            o = windowed_attention(q, k, v, *tables[2:])
         return self.out(o.reshape(B, L, D))
-
-    def chunked(self, q, k, v, mask):
-        """Attention within n chunks: q [B, n, C, H, D/H], k and v [B, n, K, H, D/H]."""
-        B, n, C, H, head_dim = q.shape
-        # chunks and heads become one axis: torch.compile fuses five axes wrongly (torch 2.13)
-        q = q.transpose(2, 3).flatten(1, 2)                             # (B, n * H, C, D/H)
-        k = k.transpose(2, 3).flatten(1, 2)                             # (B, n * H, K, D/H)
-        v = v.transpose(2, 3).flatten(1, 2)
-        q = q / math.sqrt(head_dim)         # before the product: it is smaller than the scores
-        score = q @ k.transpose(-2, -1) + mask                          # (B, n * H, C, K)
-        o = score.softmax(dim=-1) @ v
-        return o.view(B, n, H, C, head_dim).transpose(2, 3).flatten(1, 2)       # (B, n * C, H, D/H)
 
 
 class Block(nn.Module):
@@ -414,13 +359,13 @@ class LoopedTransformer(nn.Module):
     def step(self, h, r):
         """One turn of the loop: h [B, L, D], r from recall() -> h [B, L, D].
 
-        Both questions of the paper are answered here: where does the input come in again, and
-        where is the norm? F is a sub-layer, attention first and then the MLP. (Under autocast to
+        Both choices of the paper are made here: where does the input come in again, and where is
+        the norm? F is a sub-layer, attention first and then the MLP. (Under autocast to
         bf16 the state stays in fp32: hence the two .to(h.dtype).)
         """
         recall = self.cfg.recall
         norm = self.cfg.norm
-        # recall has no else below; one that you add needs its name here, too
+        # below, an unknown recall would act as "none": one that you add needs its name here, too
         if recall not in ("none", "external", "internal"):
             raise ValueError(f"recall {recall!r} has no branch in LoopedTransformer.step")
         for block in self.blocks:
@@ -477,20 +422,87 @@ class LoopedTransformer(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# attention within a window: the same at a lower cost, nothing to learn about loops
+
+
+def window_table(L, window):
+    """Windowed attention at a cost linear in L: a chunk of C queries shares K keys.
+
+    K = C + window - 1, or L if that is less.
+    -> queries [n, C] and keys [n, K], which are indices of tokens, and mask [n, C, K], which is 0
+    where a query sees a key and -inf elsewhere. At both ends windows shift inwards, so that every
+    token sees `window` tokens.
+    """
+    window = min(window, L)
+    C = math.ceil(L / max(1, round(L / 32)))        # about 32, so that chunks are nearly even
+    n = math.ceil(L / C)
+
+    # the last chunk may be too long: it repeats the last token, and the caller drops the rest
+    queries = torch.arange(n * C).clamp(max=L - 1).view(n, C)
+    first = (queries - window // 2).clamp(0, L - window)    # the first token a query sees
+    keys = first[:, :1] + torch.arange(min(C + window - 1, L))
+
+    first = first[:, :, None]
+    seen = (keys[:, None, :] >= first) & (keys[:, None, :] < first + window)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
+    return queries, keys.clamp(max=L - 1), mask
+
+
+def windowed_attention(q, k, v, queries, keys, mask):
+    """What F.scaled_dot_product_attention gives for a mask that is a band, at a cost linear in L.
+
+    q, k, v [B, L, H, D/H]; queries, keys, mask of window_table -> [B, L, H, D/H].
+    """
+    B, L, H, head_dim = q.shape
+    n, C = queries.shape
+    q = q[:, queries]                                                   # (B, n, C, H, D/H)
+    k = k[:, keys]                                                      # (B, n, K, H, D/H)
+    v = v[:, keys]
+    # chunks and heads become one axis: torch.compile fuses five axes wrongly (torch 2.13)
+    q = q.transpose(2, 3).flatten(1, 2)                                 # (B, n * H, C, D/H)
+    k = k.transpose(2, 3).flatten(1, 2)                                 # (B, n * H, K, D/H)
+    v = v.transpose(2, 3).flatten(1, 2)
+    q = q / math.sqrt(head_dim)         # before the product: it is smaller than the scores
+    score = q @ k.transpose(-2, -1) + mask                              # (B, n * H, C, K)
+    o = score.softmax(dim=-1) @ v
+    o = o.view(B, n, H, C, head_dim).transpose(2, 3).flatten(1, 2)      # (B, n * C, H, D/H)
+    return o[:, :L]
+
+
+@functools.lru_cache(maxsize=64)
+def cached_tables(grid, window, heads, head_dim, base, device, dtype):
+    """The tables that attention needs: they depend on shapes only, so each is made once."""
+    with torch.inference_mode(False):       # made in an evaluation, used in training later
+        cos, sin = rotary_table(grid, head_dim, base)
+        tables = [cos.to(device, dtype), sin.to(device, dtype)]
+        if window > 0:
+            queries, keys, mask = window_table(math.prod(grid), window)
+            mask = mask.repeat_interleave(heads, dim=0)                 # [n * H, C, K]
+            tables += [queries.to(device), keys.to(device), mask.to(device, dtype)]
+        return tables
+
+
+def constant_tables(*shape):
+    """cached_tables as a plain function, which run_training declares constant to torch.compile."""
+    return cached_tables(*shape)
+
+
+# -----------------------------------------------------------------------------
 # two losses
 
 
 def carry_loss(model, task, cfg, batch, carry):
-    """The default: each optimizer step runs a few loops and hands the states on to the next one.
+    """The default: truncated backpropagation through time, with states carried between steps.
 
-    A puzzle gets cfg.grad_loops loops in an optimizer step, all with gradient, and then the loss is
-    taken. The states that it leaves behind are detached and carried over, until a puzzle has had
-    cfg.loops loops (rounded up to whole optimizer steps); then it is replaced by a new one.
+    Each optimizer step goes on with a batch of half-finished puzzles: cfg.grad_loops loops, all
+    with gradient, and then the loss. The states are detached and carried over to the next step,
+    until a puzzle has had cfg.loops loops (rounded up to whole optimizer steps); then a new one
+    takes its place.
 
     This is allowed because what counts is the fixed point. Near one that attracts, where the
     spectral radius of dh_{t+1}/dh_t is below 1, the state forgets its path, so that a state of
     slightly older weights is as good a start as a new one; and the gradient terms that are cut off
-    shrink geometrically, the sooner the smaller that radius is. (Without recall the answer has to
+    shrink geometrically, the faster the smaller that radius is. (Without recall the answer has to
     depend on the path, and the argument does not hold.)
 
     The task's loss alone does not make a state come to rest: it may go round for ever, between
@@ -507,7 +519,8 @@ def carry_loss(model, task, cfg, batch, carry):
     logits, h, old = model(x, cfg.grad_loops, carry["h"], restart=over)
     loss = task.loss(logits, y)
 
-    # the last loop shall move the state little: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens
+    # the rest term punishes motion in the last loop: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens;
+    # the size below is a plain number, so that growing does not pay
     motion = (h - old).square().sum(-1) / h.detach().square().sum(-1)
     loss = loss + cfg.rest * motion.mean()
 
@@ -515,11 +528,11 @@ def carry_loss(model, task, cfg, batch, carry):
     return loss, {"x": x, "y": y, "h": h.detach(), "age": age}
 
 
-def start_carry(model, cfg, batch, rank, world):
+def start_carry(model, cfg, batch):
     """The first carry: new puzzles, all at h_0 = e."""
     x, y = batch
     # staggered ages spread the replacements over the steps; the first puzzles get fewer loops
-    age = torch.arange(rank, cfg.batch, world, device=x.device) * cfg.loops // cfg.batch
+    age = torch.arange(len(x), device=x.device) * cfg.loops // len(x)
     return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
 
 
@@ -553,11 +566,10 @@ def compute_loss(model, task, cfg, batch, carry, rng):
 # training
 
 
-def get_batch(task, x_all, y_all, batch, rng, rank=0, world=1):
-    """A random batch, augmented; every process draws all of it and keeps its own share."""
+def get_batch(task, x_all, y_all, batch, rng):
+    """A random batch, augmented -> x, y [batch, L]."""
     index = torch.randint(len(x_all), (batch,), generator=rng, device=rng.device)
-    x, y = task.augment(x_all[index], y_all[index], rng)
-    return x[rank::world], y[rank::world]
+    return task.augment(x_all[index], y_all[index], rng)
 
 
 def get_lr(cfg, step):
@@ -565,7 +577,8 @@ def get_lr(cfg, step):
     warm = (step + 1) / cfg.warmup if cfg.warmup > 0 else math.inf
     if cfg.decay == "linear":
         return cfg.lr * min(1.0, warm) * (1 - step / cfg.steps)
-    elif cfg.decay == "step":       # the paper's: one drop; 63 % of the rate after the warm-up
+    elif cfg.decay == "step":
+        # the paper's: 63 % of the rate after `warmup` steps, nearly all of it later, then one drop
         drop = 0.1 if step >= 0.6 * cfg.steps else 1.0
         return cfg.lr * (1 - math.exp(-warm)) * drop
     else:
@@ -621,13 +634,13 @@ def log(out, record):
         file.write(json.dumps(record) + "\n")
 
 
-def train(cfg, model, sets, out, state=None, rank=0, world=1):
+def train(cfg, model, sets, out, state=None):
     """Train a model on sets["train"] and save out/ckpt.pt at each validation.
 
     sets: {"train", "val", ...: (x, y)} on the model's device. state: a checkpoint to go on from;
-    on a CPU, in one process and with the same options, the result is bit for bit that of a run
-    which was never stopped. Nothing is saved on Ctrl-C: the steps since the last validation are
-    repeated. Raises LoopedError if the loss is no longer finite; the last good checkpoint stays.
+    on a CPU, with the same options, the result is bit for bit that of a run which was never
+    stopped. Nothing is saved on Ctrl-C: the steps since the last validation are repeated. Raises
+    LoopedError if the loss is no longer finite; the last good checkpoint stays.
     """
     task = model.task
     x_all, y_all = sets["train"]
@@ -653,30 +666,24 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
         best_weights = state["best"]
         if state["rng"].shape == rng.get_state().shape:     # else: saved on another kind of device
             rng.set_state(state["rng"].cpu())
-        if state["carry"] is not None and world == 1:
+        if state["carry"] is not None:
             carry = {name: tensor.to(device) for name, tensor in state["carry"].items()}
     if cfg.train != "progressive" and carry is None:
-        batch = get_batch(task, x_all, y_all, cfg.batch, rng, rank, world)
-        carry = start_carry(model, cfg, batch, rank, world)
-
-    # losses call the wrapper, so that gradients are averaged over all processes
-    wrapper = model
-    if world > 1:
-        # without recall the embedding has no gradient where the loss starts from a given state
-        wrapper = DistributedDataParallel(model, find_unused_parameters=cfg.recall == "none")
+        batch = get_batch(task, x_all, y_all, cfg.batch, rng)
+        carry = start_carry(model, cfg, batch)
 
     def checkpoint(step):
         """All that is needed to resume after this many steps."""
         return {
             "config": dataclasses.asdict(cfg), "step": step, "seconds": seconds,
             "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-            "rng": rng.get_state(), "carry": carry if world == 1 else None,
-            "best": best_weights, "best_val": best_val,
+            "rng": rng.get_state(), "carry": carry, "best": best_weights, "best_val": best_val,
         }
 
-    if rank == 0 and not (out / "ckpt.pt").exists():
+    if not (out / "ckpt.pt").exists():
         save_checkpoint(out, checkpoint(first_step))    # from here on the run can be resumed
-    clock = time.time()
+    start = time.time()
+    clock = start
     timed_steps = 0
     for step in range(first_step, cfg.steps):
 
@@ -687,9 +694,9 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
                 group["lr"] = lr * group["lr_scale"]
 
         # forward, backward, clip, step
-        batch = get_batch(task, x_all, y_all, cfg.batch, rng, rank, world)
+        batch = get_batch(task, x_all, y_all, cfg.batch, rng)
         with autocast:
-            loss, carry = compute_loss(wrapper, task, cfg, batch, carry, rng)
+            loss, carry = compute_loss(model, task, cfg, batch, carry, rng)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         for optimizer in optimizers:
@@ -702,45 +709,29 @@ def train(cfg, model, sets, out, state=None, rank=0, world=1):
         is_eval_step = done % cfg.eval_every == 0 or done == cfg.steps
         if not is_eval_step:
             continue
-        if world > 1:
-            loss = loss.detach() / world                # each process has its own share
-            torch.distributed.all_reduce(loss)
         loss = loss.item()          # waits for a GPU, so that the time is right
         step_seconds = (time.time() - clock) / timed_steps
         seconds += time.time() - clock
-        if rank == 0:
-            began = time.time()
-            # nothing is left out: a compiled step would be compiled again for each smaller batch
-            val = evaluate(model, *sets["val"], [cfg.loops], at_rest=0.0)[cfg.loops]
-            val_seconds = time.time() - began
-            if not math.isfinite(loss) or not math.isfinite(val["residual"]):
-                raise LoopedError(f"step {done} is not finite (loss {loss:.3g}): lower --lr; the "
-                                  f"last good checkpoint stays in {out}", exit_code=1)
+        # nothing is left out: a compiled step would be compiled again for each smaller batch
+        val = evaluate(model, *sets["val"], [cfg.loops], freeze_below=0.0)[cfg.loops]
+        if not math.isfinite(loss) or not math.isfinite(val["residual"]):
+            raise LoopedError(f"step {done} is not finite (loss {loss:.3g}): lower --lr; the "
+                              f"last good checkpoint stays in {out}", exit_code=1)
 
-            # keep the best on validation, of equal ones the latest; the test sets are never used
-            if val["exact"] >= best_val:
-                best_val = val["exact"]
-                best_weights = clone_weights(model)
-            save_checkpoint(out, checkpoint(done))
-            log(out, {
-                "step": done, "loss": loss, "exact": val["exact"], "residual": val["residual"],
-                "grad_norm": grad_norm.item(), "lr": lr, "ms": 1e3 * step_seconds,
-            })
-            left = time_left(cfg, sets, done, step_seconds, val_seconds)
-            print(f"step {done:6d} | loss {loss:.4f} | val exact {val['exact']:.3f} | lr {lr:.1e} "
-                  f"| {1e3 * step_seconds:4.0f} ms | {data.clock(left)} left", flush=True)
+        # keep the best on validation, of equal ones the latest; the test sets are never used
+        if val["exact"] >= best_val:
+            best_val = val["exact"]
+            best_weights = clone_weights(model)
+        save_checkpoint(out, checkpoint(done))
+        log(out, {
+            "step": done, "loss": loss, "exact": val["exact"], "residual": val["residual"],
+            "grad_norm": grad_norm.item(), "lr": lr, "ms": 1e3 * step_seconds,
+        })
+        left = (time.time() - start) / (done - first_step) * (cfg.steps - done)
+        print(f"step {done:6d} | loss {loss:.4f} | val exact {val['exact']:.3f} | lr {lr:.1e} "
+              f"| {1e3 * step_seconds:4.0f} ms | {data.clock(left)} left", flush=True)
         clock = time.time()
         timed_steps = 0
-
-
-def time_left(cfg, sets, done, step_seconds, val_seconds):
-    """Seconds, at most, until the final table is there: steps, validations, final evaluation."""
-    steps = cfg.steps - done
-    validations = math.ceil(steps / cfg.eval_every)
-    seconds_per_token_loop = val_seconds / (sets["val"][0].numel() * (cfg.loops + 2))
-    tokens = sets["easy"][0].numel() + sets["hard"][0].numel()
-    final = tokens * cfg.eval_loops * seconds_per_token_loop
-    return steps * step_seconds + validations * val_seconds + final
 
 
 def read_checkpoint(path, device="cpu"):
@@ -794,15 +785,16 @@ def chunk_size(x):
     return max(1, tokens // x.shape[1])
 
 
-# what moves less than this in a loop, moves by rounding only: float32 has steps of 1.2e-7
-AT_REST = 2e-6
+# a state that moves less than this moves by rounding only: float32 has steps of 1.2e-7. (What
+# counts as converged is cfg.tol, 1e-3; this only saves the work on what has long converged.)
+ROUNDING = 2e-6
 
 
-def run_loop(model, x, max_loops, tol=AT_REST, damping=0.0):
+def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
     """Loop puzzles x [N, L] from h_0 = e -> yields t, h_t [N, L, D], residual [N] for t = 1, 2, ...
 
-    residual: the largest |step(h) - h| / |h| of a puzzle's tokens in loop t, h being h_{t-1}. A
-    puzzle stays as it is, and costs nothing more, once its residual is below tol.
+    residual: the largest |step(h) - h| / |h| of a puzzle's tokens in loop t, h being h_{t-1}. Once
+    it is below freeze_below a puzzle stays as it is, and costs nothing more.
     h <- (1 - damping) step(h) + damping h has the same fixed points, and flips less around them.
     h and residual are written in place: clone what you keep.
     """
@@ -811,7 +803,7 @@ def run_loop(model, x, max_loops, tol=AT_REST, damping=0.0):
     h = e.clone()
     residual = e.new_full((len(x),), math.inf)
     for t in range(1, max_loops + 1):
-        moving = (~(residual < tol)).nonzero()[:, 0]        # a NaN moves, too
+        moving = (~(residual < freeze_below)).nonzero()[:, 0]        # a NaN moves, too
         if len(moving) > 0:
             old = h[moving]
             new = model.step(old, None if r is None else r[moving])
@@ -820,10 +812,10 @@ def run_loop(model, x, max_loops, tol=AT_REST, damping=0.0):
         yield t, h, residual
 
 
-def evaluate(model, x, y, loops, progress=None, at_rest=AT_REST):
+def evaluate(model, x, y, loops, progress=None, freeze_below=ROUNDING):
     """Accuracy and motion of puzzles x, y [N, L] after each of the loop counts `loops`.
 
-    A puzzle that moves less than at_rest is looped no more, so that its residual2 is 0.
+    A puzzle that moves less than freeze_below is looped no more, so that its residual2 is 0.
     -> {count: {"exact":      share of puzzles with every token right (those that are not scored,
                               such as the clues of a sudoku, have known labels too),
                 "token":      share of scored tokens that are right, mean over puzzles,
@@ -831,16 +823,16 @@ def evaluate(model, x, y, loops, progress=None, at_rest=AT_REST):
                 "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
                 "norm_ratio": |h_t| / |h_1|, mean over puzzles}}
     """
-    table, *_ = follow(model, x, y, loops, progress, at_rest)
+    table, *_ = evaluate_and_halt(model, x, y, loops, progress, freeze_below)
     return table
 
 
 @torch.inference_mode()
-def follow(model, x, y, loops, progress=None, at_rest=AT_REST, tol=1e-3):
-    """One pass over the loops for both: the table of evaluate(), and halting as in solve().
+def evaluate_and_halt(model, x, y, loops, progress=None, freeze_below=ROUNDING, tol=1e-3):
+    """What evaluate() says, and what solve() would, in one pass over the loops.
 
-    -> table; and of puzzles that stop once they have converged, or at the largest loop count:
-    labels [N, L], loops used [N], converged [N].
+    -> the table of evaluate(); and labels [N, L], loops used [N] and converged [N] of puzzles that
+    stop when they have converged, or else at the largest loop count.
     """
     if min(loops) < 1:
         raise LoopedError(f"loop counts start at 1, not at {min(loops)}")
@@ -858,7 +850,7 @@ def follow(model, x, y, loops, progress=None, at_rest=AT_REST, tol=1e-3):
         kept = {}
 
         # two loops more than asked for: the residuals of the last count look ahead
-        for t, h, residual in run_loop(model, x[chunk], last + 2, min(at_rest, tol)):
+        for t, h, residual in run_loop(model, x[chunk], last + 2, min(freeze_below, tol)):
             if t == 1:
                 first_norm = h.norm(dim=(1, 2))
             if t in total:
@@ -868,6 +860,7 @@ def follow(model, x, y, loops, progress=None, at_rest=AT_REST, tol=1e-3):
                 total[t]["token"] += token.sum().item()
                 total[t]["norm_ratio"] += (h.norm(dim=(1, 2)) / first_norm).sum().item()
                 kept[t] = h.clone()
+            # the motion of this loop is how far one more loop moves the state of count t - 1
             if t - 1 in total:
                 total[t - 1]["residual"] += residual.sum().item()
             if t - 2 in total:
@@ -944,16 +937,16 @@ def wilson(rate, n, z=1.96):
 
 def report(cfg, model, sets):
     """Evaluate both test sets, print the table -> the content of eval.json."""
-    # {"easy", "hard": what that means}; an evaluation may have other options than the model had
+    # {"easy", "hard": what that means} by cfg: --hard_bits may be another than in training
     levels = data.levels(cfg.make_task(), cfg.files)
     counts = sorted({2 ** i for i in range(cfg.eval_loops.bit_length())} | {cfg.eval_loops})
     result = {"config": dataclasses.asdict(cfg), "halting": {}}
     began = time.time()
     for level in levels:
         x, y = sets[level]
-        # one pass over the loops shows what each count solves, and where puzzles stop by themselves
         progress = data.progress(f"evaluating {level}")
-        result[level], labels, used, converged = follow(model, x, y, counts, progress, tol=cfg.tol)
+        result[level], labels, used, converged = evaluate_and_halt(model, x, y, counts, progress,
+                                                                   tol=cfg.tol)
         if cfg.tries > 1:
             generator = torch.Generator(x.device).manual_seed(cfg.seed)
             progress = data.progress(f"trying {level} again")
@@ -1170,22 +1163,6 @@ def pick_device(cfg):
     return device
 
 
-def join_processes(cfg, device):
-    """-> rank, world size: 0 and 1 unless torchrun started several processes."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:     # a stray RANK or WORLD_SIZE means nothing
-        return 0, 1
-    rank = int(os.environ["RANK"])
-    world = int(os.environ["WORLD_SIZE"])
-    if cfg.batch % world != 0:
-        raise LoopedError(f"--batch {cfg.batch}: must be a multiple of the {world} processes")
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")          # of several processes only the first prints
-    return rank, world
-
-
 def get_splits(cfg, device, train=True):
     """-> {"train", "val", "easy", "hard": (x, y)}, as tensors on the device.
 
@@ -1269,40 +1246,23 @@ def describe(cfg, model, sets, out, device):
 def run_training(cfg, state):
     """Train a new model, or go on with one, and evaluate it at the end."""
     device = pick_device(cfg)
-    rank, world = join_processes(cfg, device)
-    out = own_folder(cfg) if rank == 0 else None
+    out = own_folder(cfg)
     try:
-        if rank > 0:
-            torch.distributed.barrier()     # the first makes the puzzles, the others read its cache
         sets = get_splits(cfg, device)
-        if rank == 0 and world > 1:
-            torch.distributed.barrier()
-
         torch.manual_seed(cfg.seed)
         model = LoopedTransformer(cfg).to(device)
-        compiled = cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda")
-        if compiled:
+        if cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda"):
             torch._dynamo.config.cache_size_limit = 64      # one graph per shape and gradient mode
             torch.compiler.assume_constant_result(constant_tables)     # marks the function
             # it recommends TF32, whose three digits would hide whether a state is at rest
             warnings.filterwarnings("ignore", message="TensorFloat32")
             model.step = torch.compile(model.step, dynamic=False)
 
-        if rank == 0:
-            describe(cfg, model, sets, out, device)
-            if compiled:
-                # for the validation now: the first one's time tells how much is left
-                evaluate(model, *sets["val"], [cfg.loops], at_rest=0.0)
-        train(cfg, model, sets, out, state, rank, world)
-        if world > 1:
-            torch.distributed.destroy_process_group()
-        if rank > 0:
-            os._exit(0)     # not Python's exit: it aborts if a thread of gloo still has a tensor
-        state, model = read_checkpoint(out, device)         # from here on only the first is left
+        describe(cfg, model, sets, out, device)
+        train(cfg, model, sets, out, state)
+        state, model = read_checkpoint(out, device)
         save_evaluation(cfg, state, model, sets, out)
     except BaseException as error:
-        if rank > 0:
-            raise
         release(out)
         if isinstance(error, KeyboardInterrupt) and (out / "ckpt.pt").exists():
             again = f"python looped.py --resume {shlex.quote(str(out))}"
