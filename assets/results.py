@@ -237,9 +237,13 @@ def task_key(config):
 def front_table(raw, *patterns):
     """For the front page: a row for each group of seeds, and one for its retries if it has them.
 
-    Both levels are scored at the largest loop count of the evaluation.
+    Hard puzzles are scored at the loops of training and at the largest loop count, easy ones at
+    the latter.
     """
-    head = ["task", "easy", "solved", "hard", "solved", "hard, all seeds", "loops", "minutes"]
+    head = [
+        "task, seeds", "easy", "solved", "hard", "solved as in training", "solved by looping on",
+        "of all hard puzzles", "minutes",
+    ]
     rows = []
     for runs in find_groups(raw, patterns).values():
         config = runs[0].result["config"]
@@ -249,15 +253,18 @@ def front_table(raw, *patterns):
         task, easy, hard = FRONT[key]
         if chip(runs[0]).startswith("NVIDIA"):
             task += f", width {config['width']}, GPU"
+        first = in_training(runs[0])
+        early = np.mean([run.result["hard"][first]["exact"] for run in runs])
+        late = spread([run.exact("hard") for run in runs])
         rows.append(
             [
-                task,
+                f"{task}, {len(runs)}",
                 easy,
                 spread([run.exact("easy") for run in runs]),
                 hard,
-                spread([run.exact("hard") for run in runs]),
+                f"{early:.3f}, {first} loops",
+                f"{late}, {config['eval_loops']} loops",
                 pooled(runs, "hard"),
-                f"{config['loops']}, then {config['eval_loops']}",
                 spread([run.result["minutes"] for run in runs], ".1f"),
             ]
         )
@@ -267,15 +274,13 @@ def front_table(raw, *patterns):
 
 
 def retries_row(runs, tries):
-    """What the runs solve with so many tries, and the loops that a puzzle takes in all of them."""
-    row = [f"... up to {tries} tries"]
-    mean_loops = []
-    for level in LEVELS:
-        exact, _, loops, n = zip(*[run.halting(level) for run in runs], strict=True)
-        mean_loops.append(f"{np.mean(loops):.0f}")
-        row += ["", spread(exact)]
-    interval = with_interval(halted(runs, ["hard"], "exact"), sum(n))
-    return [*row, interval, " and ".join(mean_loops) + " on average", ""]
+    """What the runs solve with so many tries, and the loops that a hard puzzle takes in them."""
+    solved = {level: spread([run.halting(level)[0] for run in runs]) for level in LEVELS}
+    loops = np.mean([run.halting("hard")[2] for run in runs])
+    n = sum(run.halting("hard")[3] for run in runs)
+    late = f"{solved['hard']}, {loops:.0f} loops on average"
+    interval = with_interval(halted(runs, ["hard"], "exact"), n)
+    return [f"... up to {tries} tries", "", solved["easy"], "", "", late, interval, ""]
 
 
 def loops_table(raw, *patterns):
@@ -420,9 +425,11 @@ def grid_table(raw, *patterns):
     columns = [find_groups(raw, [pattern]) for pattern in patterns]
     head = ["hard puzzles solved"]
     for groups in columns:
-        config = next(iter(groups.values()))[0].result["config"]
+        # the untied blocks have one pass only
+        loops = [runs[0] for name, runs in groups.items() if not name.startswith("fixed")]
+        config = loops[0].result["config"]
         task, *_ = FRONT[task_key(config)]
-        head.append(f"{task}, {config['loops']} → {config['eval_loops']} loops")
+        head.append(f"{task}, {in_training(loops[0])} → {config['eval_loops']} loops")
     most = max(len(runs) for groups in columns for runs in groups.values())
     rows = []
     for name in sorted({name for groups in columns for name in groups}, key=cell_order):
@@ -529,13 +536,25 @@ AXES = {  # a key of theory.py's records: how it is shown, and how it is written
 }
 
 
+# what else accuracy is ranked by: is it the axes, or just whether there is recall?
+COUNTS = {
+    "held": "axes held, 0 to 3",
+    "held_with_recall": "... of loops with recall",
+    "has_recall": "control: recall or none",
+}
+
+
 def read_axes(raw, file):
     """theory.py's measurements of trained runs -> {name: [its records, a seed each]}.
 
     Of lists one number counts: of rho the largest of the inputs, of the sensitivity the last.
     """
+    import theory
+
     found = {}
     for record in read_json(raw / file):
+        record["held"] = record["held_with_recall"] = theory.axes_held(record)
+        record["has_recall"] = record["recall"] != "none"
         record["rho"] = max(record["rho"])
         record["sensitivity_30_100_500"] = record["sensitivity_30_100_500"][-1]
         name = without_seed(Path(record["run"]).name)
@@ -545,7 +564,7 @@ def read_axes(raw, file):
 
 def has_axis(records, key):
     """Without recall there is no input to swap."""
-    return key != "swapped_to_new" or records[0]["recall"] != "none"
+    return key not in ("swapped_to_new", "held_with_recall") or records[0]["has_recall"]
 
 
 def column(records, key):
@@ -586,11 +605,12 @@ def rank_table(raw, *files):
     A variant that lacks the axis is left out (has_axis).
     """
     head = ["rank correlation with hard accuracy"]
-    rows = [[title] for title, _ in AXES.values()]
+    titles = {key: title for key, (title, _) in AXES.items()} | COUNTS
+    rows = [[title] for title in titles.values()]
     for file in files:
         head += [Path(file).stem, "shuffled"]
         variants = list(read_axes(raw, file).values())
-        for row, key in zip(rows, AXES, strict=True):
+        for row, key in zip(rows, titles, strict=True):
             some = [records for records in variants if has_axis(records, key)]
             now, low, high, chance = bootstrap(some, key)
             runs = sum(map(len, some))
