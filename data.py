@@ -7,9 +7,10 @@ A puzzle is a row x of L token ids with a row y of L labels; an answer counts wh
 Puzzles are made offline from a seed and each one is proven to have a single solution. There are two
 levels: "easy", which the model trains on, and "hard", which it meets only in a test.
 
-Which split a puzzle belongs to is decided by the puzzle itself (its checksum and its level), never
-by how many puzzles were asked for. So no request, however it grows, can move a puzzle from the
-training set into a test, or the other way round.
+Easy puzzles go to the splits "train", "val" and "easy" (their test), hard ones to "hard". A hash of
+the puzzle decides which (see Task.distinct and home), never how many puzzles were asked for. So no
+request, however it grows, can move a puzzle from the training set into a test, or the other way
+round.
 
 Reading order: what every task has (Task); prefix sums, sudoku, chess; then the machinery: splits,
 cache and processes, data files, command line. A new task is one class and one line in TASKS.
@@ -67,20 +68,17 @@ class Puzzles:
 class Task:
     """A task is a frozen dataclass: its fields are its options, all else is declared here.
 
-    These have no default. A class that lacks one is refused when it is defined, by name:
-
-        name      what --task calls it
-        grid      the shape of an easy puzzle's tokens, (length,) or (rows, columns)
-        vocab     tokens are 0 .. vocab - 1
-        classes   labels are 0 .. classes - 1
-        symbols   a character for each token that text() writes and each label that is printed
-        chance    what guessing would get right, as a phrase
-        levels    {"easy": phrase, "hard": phrase}: what the puzzles that are made here are
-        chunk     makes a lot of puzzles (below)
-        draw      lays out a puzzle as text (below)
-        read      the text of a puzzle -> tokens (below)
-        convert   the columns of a data file -> tokens (below), if there are `columns`
+    What has no value here is a task's own, and so are chunk, draw, read and, if there are
+    `columns`, convert. A class that lacks one of them is refused when it is defined, by name.
     """
+
+    name: str           # what --task calls it
+    grid: tuple         # the shape of an easy puzzle's tokens, (length,) or (rows, columns)
+    vocab: int          # tokens are 0 .. vocab - 1
+    classes: int        # labels are 0 .. classes - 1
+    symbols: str        # a character for each token of text() and each label that is printed
+    chance: str         # what guessing would get right, as a phrase
+    levels: dict        # {"easy": phrase, "hard": phrase}: what the puzzles made here are
 
     # attention sees this many tokens around each (0: all), and RoPE turns with this base
     window = 0
@@ -92,12 +90,11 @@ class Task:
     # in a file: the lowest hard rating, and the largest; None: the 80 % quantile, and no largest
     file_limits = None
 
-    # lots that take long are made on all cores and kept in the cache
+    # chunks that take long are made on all cores and kept in the cache
     slow = False
 
     def __init_subclass__(cls):
-        needed = ["name", "grid", "vocab", "classes", "symbols", "chance", "levels"]
-        needed += ["chunk", "draw", "read"]
+        needed = [*Task.__annotations__, "chunk", "draw", "read"]
         if cls.columns:
             needed.append("convert")
 
@@ -108,11 +105,10 @@ class Task:
     # ---- making and reading puzzles: a task's own
 
     def chunk(self, seed, index):
-        """-> {"easy": Puzzles, "hard": Puzzles}, lot number `index` of the puzzles of a seed.
+        """Make puzzles -> {"easy": Puzzles, "hard": Puzzles}, chunk number `index` of a seed.
 
-        A lot is what one call makes. It depends on seed, index and options alone, and holds a fixed
-        amount of work. No puzzle may be easy in one lot and hard in another, also not in lots of
-        another seed.
+        It depends on seed, index and options alone, and takes a fixed amount of work. No puzzle may
+        be easy in one chunk and hard in another, nor in those of another seed.
         """
         raise NotImplementedError
 
@@ -156,7 +152,7 @@ class Task:
     def augment(self, x, y, generator):
         """x, y [B, L] -> as many other puzzles with their solutions, all on one device.
 
-        What comes out is trained on, so it must not be a puzzle of a test.
+        What comes out is trained on, so it should hardly ever be a puzzle of a test.
         """
         return x, y
 
@@ -221,8 +217,8 @@ def residue(row):
 # prefix sums
 
 START = 2               # the token before the bits
-MOST_BITS = 65536       # one lot of such strings takes about 200 MB
-HARD_SIXTEENTH = 2      # if both levels have one length, these are hard; 0 and 1: see home()
+MOST_BITS = 65536       # one chunk of such strings takes about 200 MB
+HARD_SIXTEENTH = 2      # if both levels have one length, this one is hard; 0 and 1: see home()
 
 
 @dataclass(frozen=True)
@@ -234,8 +230,8 @@ class PrefixSums(Task):
         labels   0 1 0 0 1      y_i = (x_1 + ... + x_i) mod 2, and 0 at the start token
 
     The last label needs the first bit, however long the string. With the paper's window of 5 tokens
-    one loop moves information 2 places, so L bits need about L / 2 loops: more than training ever
-    used as soon as the test strings are longer.
+    one loop moves information 2 places, so L bits need at least L / 2 loops: 256 for the 512 bits
+    of a test, where training used 21.
 
     Why a start token? Without it (positions "relative", as in the paper) the model must find the
     edge by itself, and windows that shift inwards hide it: in a string that begins with five or
@@ -340,11 +336,13 @@ def deduce(cand, box):
     """One round of naked, then hidden singles -> new candidates [L, M], contradiction found [M]."""
     height, width = box
     full = np.uint16((1 << height * width) - 1)
-    # there are `width` bands of `height` rows, and `height` stacks of `width` columns
+    # there are `width` bands of `height` rows, and `height` stacks of `width` columns; g holds cand
+    # by [band, row in band, stack, column in stack, board]
     g = cand.reshape(width, height, height, width, -1)
     bad = np.zeros_like(g[0, 0, 0, 0])
 
-    # naked singles: a cell's only candidate is impossible in the rest of its row, column and box
+    # naked singles: a cell's only candidate is impossible in the rest of its row, column and box;
+    # the sum of different bits is their union, and where a digit occurs twice it is not
     single = np.where(g & (g - 1), 0, g)
     fixed = np.zeros_like(g)
     for unit in UNITS:
@@ -366,7 +364,7 @@ def deduce(cand, box):
         bad |= np.bitwise_and.reduce(once, (0, 1)) ^ full               # a digit nowhere in a unit
         hidden |= np.expand_dims(once & ~twice, unit)
     hidden &= g
-    bad |= np.bitwise_or.reduce(hidden & (hidden - 1), (0, 1, 2, 3))     # two in a cell
+    bad |= np.bitwise_or.reduce(hidden & (hidden - 1), (0, 1, 2, 3))     # two of them in a cell
 
     new = np.where(hidden, hidden, g).reshape(cand.shape)
     return new, (bad != 0) | ~new.all(0)
@@ -397,7 +395,8 @@ def solve(cand, box, limit=2, at_once=256):
 
     Singles are deduced until nothing moves; then each candidate of a cell with the fewest is tried.
     The number of tries is a puzzle's rating: with a single solution the search is exhaustive, so it
-    does not depend on the order of the search, nor on how many boards are worked on `at_once`.
+    does not depend on the order of the search, nor on how many open positions are followed
+    `at_once`, over all puzzles.
     """
     N = cand.shape[1]
     found = np.zeros(N, int)
@@ -442,9 +441,10 @@ def solve(cand, box, limit=2, at_once=256):
 
 
 def solved_grids(rng, N, box):
-    """-> N full boards [L, N]: random digits in random tightest cells, starting again if stuck.
+    """-> N full boards [L, N]: where deduction stops, a random digit in a random tightest cell.
 
-    Every grid that exists can come up, though not all are equally likely.
+    A board with a contradiction starts again. Every grid that exists can come up, though not all
+    are equally likely.
     """
     n = box[0] * box[1]
     full = np.uint16((1 << n) - 1)
@@ -504,7 +504,7 @@ class Side:
     easy: int           # the largest easy rating
     hard: int           # the lowest hard rating; between the two a puzzle is dropped
     distinct: str       # what no two puzzles share: the solved "grid", or only the "puzzle"
-    augmented: bool     # are symmetric images trained on? Not where they are puzzles of a test
+    augmented: bool     # train on symmetric images? Not where most puzzles of a test are some
     levels: dict
 
 
@@ -513,7 +513,8 @@ SIDES = {
     # most easy ones of a test are symmetric images of training puzzles
     4: Side((2, 2), (7, 10), "blanks", 9, 11, "puzzle", False,
             {"easy": "7 to 10 clues", "hard": "4 or 5 clues"}),
-    # 28,200,960 grids, but only 49 up to symmetry: puzzles of a test are new, not their grids' kind
+    # 28,200,960 grids, but only 49 up to symmetry: the puzzles of a test are new (a few are images
+    # of training puzzles), while their grids are all images of training grids
     6: Side((2, 3), (0, 0), "placements", 0, 1, "grid", True,
             {"easy": "singles suffice (rating 0)", "hard": "rating 1 and more"}),
     # 6.7e21 grids, 5.5e9 up to symmetry
@@ -597,7 +598,7 @@ class Sudoku(Task):
 
     def digits(self, grid):
         """Full boards [L, N] of candidate bits -> [N, L] digits."""
-        return np.bitwise_count(grid - 1).T.copy() + np.uint8(1)
+        return np.bitwise_count(grid - 1).T + np.uint8(1)      # bit d - 1 has d - 1 bits below it
 
     def prove(self, x):
         """x [N, L] -> solutions [N, L], and N reasons why x is no puzzle, "" where it is one."""
@@ -635,7 +636,7 @@ class Sudoku(Task):
         columns = (order(h)[..., None] * w + order(h, w)).view(count, 1, n)
         cell = rows * n + columns                               # [B, n, n]
         if h == w:
-            transpose = order(2)[..., :1, None] == 1
+            transpose = order(2)[..., :1, None] == 1           # a coin for each board
             cell = torch.where(transpose, cell.mT, cell)
         digit = F.pad(order(n) + 1, (1, 0))                     # 0 stays blank
         return cell.flatten(1), digit
@@ -696,7 +697,7 @@ class Sudoku(Task):
 
 
 def checks(board):
-    """Yield legal moves: all that give check but castling, and some that give none."""
+    """Yield some legal moves, among them every one that gives check (except castling)."""
     us = board.turn
     king = board.king(not us)
     occupied = board.occupied
@@ -750,7 +751,7 @@ def loses(board, depth, refutations):
     replies = sorted(board.legal_moves, key=refutations.__contains__, reverse=True)
     for reply in replies:
         board.push(reply)
-        mated = any(True for _ in solutions(board, depth))
+        mated = any(solutions(board, depth))
         board.pop()
         if not mated:
             refutations.add(reply)
@@ -795,7 +796,7 @@ def position(rng, source, depth):
     """-> a position with one mate in `depth` moves and no shorter mate, and the mating moves."""
     while True:
         for board in source(rng):
-            if depth == 2 and any(True for _ in solutions(board, 1)):
+            if depth == 2 and any(solutions(board, 1)):
                 continue
             found = list(solutions(board, depth))
             if one_pair(found):
@@ -825,7 +826,7 @@ def encode(board):
 
 @dataclass(frozen=True)
 class Chess(Task):
-    """The one move that mates, in one move or in two. Here the queen mates on g7:
+    """The only move that forces mate in one, or in two. Here the queen mates on g7:
 
         puzzle   7k/8/5KQ1/8/8/8/8/8 w - - 0 1
         tokens   6 on f6, 5 on g6, 12 on h8, 0 elsewhere
@@ -836,9 +837,9 @@ class Chess(Task):
 
     The side to move plays upwards, and the board is mirrored if its king is on files a to d. Not
     encoded: colour, castling and en passant rights (generated positions have none), the piece of a
-    promotion. Forty mates in one (half from random games, half random placements) come with two
-    mates in two (placements), which take as long to find; all have one solving pair of squares.
-    Rating: the depth of the mate.
+    promotion. A chunk is 40 mates in one (half from random games, half from random placements) and
+    two mates in two (from placements), which take as long to find. All have one solving pair of
+    squares. Rating: the depth of the mate; in files what the file says.
     """
 
     marks: str = "from_to"
@@ -971,11 +972,12 @@ TASKS = {
 
 
 def home(level, key, role="both"):
-    """The rule: the split of a puzzle, by its level and its key alone.
+    """The rule: the split of a puzzle, by its level, its key (Task.distinct) and nothing else.
 
-    role: "train" for the first of two files, where no tests come from; "test" for the second.
+    But for files: role is "train" for the first of two, where no tests come from (what would be
+    one is left out, so that a run with the one file alone has the same training set), and "test"
+    for the second.
     """
-    # the split "easy" is the test of easy puzzles; "train" and "val" are easy ones, too
     split = level
     if level == "easy" and role != "test":
         split = {0: "val", 1: "easy"}.get(residue(key), "train")
@@ -1061,7 +1063,7 @@ def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cac
 
 
 def first(task, seed, level="hard", cache="out/cache"):
-    """-> x, y [L] of one puzzle, the first of a seed's tests: the work of a single lot.
+    """-> x, y [L] of one puzzle, the first of a seed's tests: the work of a single chunk.
 
     By the rule of `home` no training set holds it, whatever its seed: a hard puzzle is never
     trained on, and an easy one of this split is not either.
@@ -1081,23 +1083,23 @@ def levels(task, path=None):
     return {"easy": f"rated below {cut} in {name}", "hard": f"rated {cut} {end}"}
 
 
-PATIENCE = 50       # lots without a new puzzle for a short split, before we give up
+PATIENCE = 50       # chunks without a new puzzle for a short split, before we give up
 
 
 def make(task, seed, need, cache):
-    """-> {split: Puzzles} from as many lots of the seed as it takes."""
+    """-> {split: Puzzles} from as many chunks of the seed as it takes."""
     sorter = Sorter(task, need)
     report = progress(f"making {task.name}")
     waited = 0
-    with closing(lots(task, seed, cache)) as stream:
+    with closing(chunks(task, seed, cache)) as stream:
         while short := sorter.short():
             before = [sorter.count[split] for split in short]
-            lot = next(stream)
-            for level, puzzles in lot.items():
+            chunk = next(stream)
+            for level, puzzles in chunk.items():
                 sorter.add(puzzles, [level] * len(puzzles))
             sorter.report(report)
 
-            # of 4-bit strings, for one, there are only 16
+            # a task may run out: there are only 16 strings of 4 bits
             brought_some = [sorter.count[split] for split in short] != before
             waited = 0 if brought_some else waited + 1
             if waited == PATIENCE:
@@ -1119,37 +1121,36 @@ def code(task):
     return digest.hexdigest()[:12]
 
 
-def lots(task, seed, cache):
-    """Yield the lots of a seed in order, for ever."""
+def chunks(task, seed, cache):
+    """Yield the chunks of a seed in order, for ever."""
     if not task.slow:
-        for index in itertools.count():
-            yield task.chunk(seed, index)
+        yield from map(partial(task.chunk, seed), itertools.count())        # never ends
 
     options = "".join(f"-{name}_{value}" for name, value in asdict(task).items())
     folder = cache / f"{task.name}{options}-seed_{seed}-{code(task)}"
-    job = partial(cached_lot, task, seed, folder)
+    job = partial(cached_chunk, task, seed, folder)
 
-    # one lot is often enough, and neither it nor what is cached is worth the processes
+    # the first and all that are cached are made or read here, only the rest is worth processes
     for index in itertools.count():
-        if index > 0 and not lot_file(folder, index).exists():
+        if index > 0 and not chunk_file(folder, index).exists():
             break
         yield job(index)
     with closing(parallel(job, index)) as more:
         yield from more
 
 
-def lot_file(folder, index):
+def chunk_file(folder, index):
     return folder / f"{index:06d}.npz"
 
 
-def cached_lot(task, seed, folder, index):
-    """A lot from its file, or made and kept at once: an interrupt loses none that is ready."""
-    file = lot_file(folder, index)
-    lot = load_cache(file)
-    if not lot:
-        lot = task.chunk(seed, index)
-        save_cache(file, lot)
-    return lot
+def cached_chunk(task, seed, folder, index):
+    """A chunk from its file, or made and kept at once: an interrupt loses none that is ready."""
+    file = chunk_file(folder, index)
+    chunk = load_cache(file)
+    if not chunk:
+        chunk = task.chunk(seed, index)
+        save_cache(file, chunk)
+    return chunk
 
 
 def parallel(job, start):
@@ -1266,7 +1267,7 @@ def read_lines(path):
     try:
         with open_text(path) as file:
             for line, text in enumerate(file, 1):
-                # line by line, so that a stray quote swallows nothing but is an error where it is
+                # line by line: a stray quote is an error of its own line, and swallows no others
                 row = next(csv.reader([text], strict=True), None)
                 if row:
                     yield line, row
@@ -1292,7 +1293,8 @@ def read_rows(path, columns):
             raise DataError(f"{path} line {line}: {len(row)} fields, the header has {len(header)}")
         *texts, rating = (row[i] for i in places)
         if not rating.isdecimal() or len(rating) > 9:
-            raise DataError(f"{path} line {line}: rating {rating!r} is no number below a billion")
+            reason = f"rating {rating!r} is not a number below a billion"
+            raise DataError(f"{path} line {line}: {reason}")
         yield line, texts, int(rating)
 
 
@@ -1315,7 +1317,7 @@ def read_puzzles(task, path):
 
 
 def file_limits(task, path):
-    """-> the least hard rating and the largest that counts, inf if all do."""
+    """-> the lowest hard rating, and the highest that is used (inf: no limit)."""
     if task.file_limits:
         return task.file_limits
     ratings = np.array([rating for _, _, rating in read_rows(path, task.columns)])
