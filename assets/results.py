@@ -430,7 +430,6 @@ def grid_table(raw, *patterns):
         config = loops[0].result["config"]
         task, *_ = FRONT[task_key(config)]
         head.append(f"{task}, {in_training(loops[0])} → {config['eval_loops']} loops")
-    most = max(len(runs) for groups in columns for runs in groups.values())
     rows = []
     for name in sorted({name for groups in columns for name in groups}, key=cell_order):
         row = [name.replace("-", ", ", 1)]
@@ -439,6 +438,7 @@ def grid_table(raw, *patterns):
             early = [run.result["hard"][in_training(run)]["exact"] for run in runs]
             late = [run.exact("hard") for run in runs]
             cell = f"{np.mean(early):.2f} → {spread(late, '.2f')}" if runs else "not run"
+            most = max(map(len, groups.values()))
             if 0 < len(runs) < most:
                 cell += f" ({len(runs)})"
             row.append(cell)
