@@ -860,13 +860,21 @@ def phrases(raw):
         row = f"{t} | {easy['exact']:.3f} {easy['residual']:.1e}"
         said.append(f"{row} | {hard['exact']:.3f} {hard['residual']:.1e}")
 
+    # ... and how many of its strings stop by themselves
+    halt = result["halting"]["hard"]
+    said.append(f"{halt['exact']:.3f} of {halt['n']} solved when each stops by itself (tries: 1): "
+                f"{halt['converged']:.0%} converge, {halt['loops']:.0f} loops")
+
     # without recall
     groups = find_groups(raw, ["grid/prefix_sums/none-*"])
     runs = [run for group in groups.values() for run in group]
     solved = sum(run.exact("hard") > 0 for run in runs)
     said.append(f"{IN_WORDS[solved]} of {len(runs)} runs")
     learnt = sum(max(row["exact"] for row in run.result["easy"].values()) > 0.5 for run in runs)
-    said.append(f"{IN_WORDS[learnt]} of them solved most strings of 32 bits")
+    said.append(f"({IN_WORDS[learnt]} of them had learnt 32 bits)")
+    groups = find_groups(raw, ["grid/sudoku6/none-*"])
+    most = max(run.exact("hard") for runs in groups.values() for run in runs)
+    said.append(f"no run more than {most:.2f} of the hard 6x6 boards")
     records = read_json(raw / "current/none/measured.json")
     limits = [record["distinct"] for record in records if record["recall"] == "none"]
     said.append(f"256 strings of 32 bits end in {min(limits)} to {max(limits)} limits")
@@ -877,10 +885,8 @@ def phrases(raw):
     # internal against external recall on boards, paired by seed
     for pattern, first, second in (
         ("wide/sudoku9/*", "internal-outer", "external-outer"),
-        ("grid/sudoku6/*", "internal-outer", "external-outer"),
-        ("current/sudoku6-1000/*", "adamw-internal", "adamw-external"),
-        ("current/sudoku6-1000/*", "muon-internal", "muon-external"),
-        ("grid6/*", "internal-outer", "external-outer"),
+        ("current/sudoku6/*", "internal", "external"),
+        ("current/sudoku6-rest/*", "internal", "external"),
     ):
         pairs = pair_by_seed(find_groups(raw, [pattern]), first, second)
         mean, half = mean_difference([one.exact("hard") - other.exact("hard")
@@ -892,26 +898,40 @@ def phrases(raw):
     hits = {}
     for cell, runs in groups.items():
         hits[cell] = "{} of {}".format(*hits_of(runs, "hard"))
-    said.append(f"internal recall solves {hits['internal-pre']} with pre norm and "
-                f"{hits['internal-outer']} with outer norm")
-    said.append(f"does with either, {hits['external-pre']} and {hits['external-outer']}")
+    said.append(f"solves {hits['internal-pre']} with pre norm and {hits['internal-outer']} with "
+                f"outer norm; external recall {hits['external-pre']} and {hits['external-outer']}")
 
-    # accuracy and the axes
-    for task in ("sudoku6", "prefix_sums"):
-        row = read_json(raw / f"grid/tracks-{task}.json")[0]
-        said.append(f"{row['measured']} ({row['note']})")
+    # the rest term
+    for name, pattern in (("with", "current/prefix_sums/*"),
+                          ("without", "without-rest/prefix_sums-lr3e-3/*")):
+        runs, = find_groups(raw, [pattern]).values()
+        n = sum(run.result["halting"]["hard"]["n"] for run in runs)
+        rest = halted(runs, ["hard"], "converged")
+        said.append(f"{rest} of {n} hard strings" if name == "with" else f"({rest} of {n} without")
+    groups = find_groups(raw, ["rest/sudoku6/*"])
+    rest = {weight: sum(halted(groups[f"{recall}-rest{weight}"], ["hard"], "converged")
+                        for recall in ("internal", "external")) for weight in ("0", ".1")}
+    said.append(f"{rest['.1']} of 128 hard 6x6 boards ({rest['0']})")
+
+    # accuracy and the axes, and recall alone
+    for task in ("prefix_sums", "sudoku6"):
+        records = list(read_axes(raw, f"grid/axes-{task}.json").values())
+        some = [record for record in records if has_axis(record, "held_with_recall")]
+        now, low, high, _ = bootstrap(some, "held_with_recall")
+        said.append(f"{now:.2f} [{low:.2f}, {high:.2f}]")
+        said += [f"{bootstrap(records, key)[0]:.2f}" for key in ("held", "has_recall")]
 
     # 9x9 boards with ten tries, and chess
     runs = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
-    right, converged = right_of_converged(runs, LEVELS)
-    percent = round(100 * right / converged)
-    said.append(f"{percent} % are right ({right:,} of {converged:,})")
-    tries = np.mean([run.halting("hard")[0] for run in runs])
-    single = np.mean([run.exact("hard") for run in runs])
-    said.append(f"Such tries solve {tries:.2f} of the hard boards, one pass {single:.2f}")
-    runs = find_groups(raw, ["without-rest/chess/*"])["chess"]
+    easy = "{} of {} easy".format(*right_of_converged(runs, ["easy"]))
+    hard = "{} of {} hard ones".format(*right_of_converged(runs, ["hard"]))
+    said.append(f"{easy} and {hard}")
+    runs = find_groups(raw, ["current/chess/*"])["chess"]
     right, converged = right_of_converged(runs, ["easy"])
-    said.append(f"({converged - right} of {converged} easy ones wrong)")
+    said.append(f"{converged - right} of {converged} easy mates are wrong")
+    runs = find_groups(raw, ["wide/sudoku9/external-outer-*"])["external-outer"]
+    right, converged = right_of_converged(runs, LEVELS)
+    said.append(f"converges on {converged:,} boards, and {right} are right")
     return said
 
 
