@@ -891,7 +891,7 @@ def phrases(raw):
         pairs = pair_by_seed(find_groups(raw, [pattern]), first, second)
         mean, half = mean_difference([one.exact("hard") - other.exact("hard")
                                       for one, other in pairs])
-        said.append(f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
+        said.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
 
     # the paper's own protocol
     groups = find_groups(raw, ["wide/paper/prefix_sums/*"])
@@ -926,6 +926,12 @@ def phrases(raw):
     easy = "{} of {} easy".format(*right_of_converged(runs, ["easy"]))
     hard = "{} of {} hard ones".format(*right_of_converged(runs, ["hard"]))
     said.append(f"{easy} and {hard}")
+    groups = find_groups(raw, ["current/to-2048/*"]).values()
+    right, converged = np.sum([right_of_converged(runs, LEVELS) for runs in groups], axis=0)
+    said.append(f"{right:,} of {converged:,} 6x6 boards that converge within 2,048 loops")
+    runs = find_groups(raw, ["current/bank/*"])["internal"]
+    said.append(f"solves {runs[0].exact('hard'):.3f} in one pass, and "
+                f"{runs[0].halting('hard')[0]:.3f} in up to 10 tries")
     runs = find_groups(raw, ["current/chess/*"])["chess"]
     right, converged = right_of_converged(runs, ["easy"])
     said.append(f"{converged - right} of {converged} easy mates are wrong")
