@@ -926,7 +926,7 @@ def phrases(raw):
     easy = "{} of {} easy".format(*right_of_converged(runs, ["easy"]))
     hard = "{} of {} hard ones".format(*right_of_converged(runs, ["hard"]))
     said.append(f"{easy} and {hard}")
-    groups = find_groups(raw, ["current/to-2048/*"]).values()
+    groups = find_groups(raw, ["current/to-2048/sudoku6/*"]).values()
     right, converged = np.sum([right_of_converged(runs, LEVELS) for runs in groups], axis=0)
     said.append(f"{right:,} of {converged:,} 6x6 boards that converge within 2,048 loops")
     runs = find_groups(raw, ["current/bank/*"])["internal"]
