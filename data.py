@@ -1394,6 +1394,11 @@ def parse(argv):
         parser.error(str(error))
 
 
+def discard_output():
+    """The reader of our output has gone, as in `| head`: the flush at exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_puzzles(task, args):
     """Print n puzzles of a level: as looped.py --puzzle takes them, as a picture, and solved."""
     if args.n < 0:
@@ -1418,8 +1423,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         parser.exit(130, "data.py: interrupted\n")
     except BrokenPipeError:
-        # the reader has seen enough; the flush at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
 
 
 if __name__ == "__main__":

@@ -866,13 +866,15 @@ def evaluate_and_halt(model, x, y, loops, progress=None, freeze_below=ROUNDING, 
             if t - 2 in total:
                 total[t - 2]["residual2"] += relative_change(h, kept.pop(t - 2)).sum().item()
 
-            # a puzzle that stops by itself has the answer of this loop
+            # a puzzle that stops by itself has the state of this loop
+            if t == 1:
+                halted = torch.empty_like(h)
             if t <= last:
                 stops = ~converged[chunk] & ((residual < tol) | (t == last))
-                if stops.any():
-                    labels[chunk][stops] = model.task.predict(model.readout(h[stops]))
-                    used[chunk][stops] = t
+                halted[stops] = h[stops]
+                used[chunk][stops] = t
                 converged[chunk] |= residual < tol
+        labels[chunk] = model.task.predict(model.readout(halted))
         if progress is not None:
             progress(min(start + size, len(x)), len(x))
 
@@ -1331,8 +1333,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         code = 130
         message = "stopped"
-    except BrokenPipeError:             # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        data.discard_output()
         return 1
     except OSError as error:
         code = 2

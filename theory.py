@@ -21,7 +21,6 @@ import copy
 import functools
 import json
 import math
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -1585,8 +1584,8 @@ def main(argv=None):
         return code
     except data.DataError as error:
         print(f"theory.py: {error}", file=sys.stderr)
-    except BrokenPipeError:             # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        data.discard_output()
         return 1
     except OSError as error:
         print(f"theory.py: {error.filename}: {error.strerror}; choose another place",

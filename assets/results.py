@@ -155,6 +155,11 @@ def halted(runs, levels, share):
     return round(sum(record[share] * record["n"] for record in found))
 
 
+def halting_size(runs, level):
+    """-> of how many puzzles of all seeds "halting" in eval.json is."""
+    return sum(run.result["halting"][level]["n"] for run in runs)
+
+
 def with_interval(hits, n):
     """-> "659 of 768 [0.830, 0.882]"."""
     low, high = wilson(hits, n)
@@ -277,9 +282,8 @@ def retries_row(runs, tries):
     """What the runs solve with so many tries, and the loops that a hard puzzle takes in them."""
     solved = {level: spread([run.halting(level)[0] for run in runs]) for level in LEVELS}
     loops = np.mean([run.halting("hard")[2] for run in runs])
-    n = sum(run.halting("hard")[3] for run in runs)
     late = f"{solved['hard']}, {loops:.0f} loops on average"
-    interval = with_interval(halted(runs, ["hard"], "exact"), n)
+    interval = with_interval(halted(runs, ["hard"], "exact"), halting_size(runs, "hard"))
     return [f"... up to {tries} tries", "", solved["easy"], "", "", late, interval, ""]
 
 
@@ -347,7 +351,7 @@ def halting_table(raw, *patterns):
     for name, runs in find_groups(raw, patterns).items():
         row = [name, len(runs)]
         for level in LEVELS:
-            n = sum(run.result["halting"][level]["n"] for run in runs)
+            n = halting_size(runs, level)
             row += [
                 f"{halted(runs, [level], 'converged'):,} of {n:,}",
                 f"{halted(runs, [level], 'converged_and_right'):,}",
@@ -358,16 +362,19 @@ def halting_table(raw, *patterns):
     return markdown(head, rows)
 
 
+def read_log(run):
+    """-> the records of a run's log.jsonl."""
+    return [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+
+
 def chip(run):
-    """What the run was trained on, from the first record of its log.jsonl."""
-    first, *_ = (run.folder / "log.jsonl").read_text().splitlines()
-    return json.loads(first)["chip"]
+    """What the run was trained on; the first record says so."""
+    return read_log(run)[0]["chip"]
 
 
 def validations(run):
-    """-> the records of a run's validations, from its log.jsonl: exact, loss, ..."""
-    records = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
-    return [record for record in records if "exact" in record]
+    """-> the records of a run's validations: exact, loss, ..."""
+    return [record for record in read_log(run) if "exact" in record]
 
 
 def validation_table(raw, *patterns):
@@ -426,10 +433,10 @@ def grid_table(raw, *patterns):
     head = ["hard puzzles solved"]
     for groups in columns:
         # the untied blocks have one pass only
-        loops = [runs[0] for name, runs in groups.items() if not name.startswith("fixed")]
-        config = loops[0].result["config"]
+        loop = next(runs[0] for name, runs in groups.items() if not name.startswith("fixed"))
+        config = loop.result["config"]
         task, *_ = FRONT[task_key(config)]
-        head.append(f"{task}, {in_training(loops[0])} → {config['eval_loops']} loops")
+        head.append(f"{task}, {in_training(loop)} → {config['eval_loops']} loops")
     rows = []
     for name in sorted({name for groups in columns for name in groups}, key=cell_order):
         row = [name.replace("-", ", ", 1)]
@@ -618,24 +625,25 @@ def rank_table(raw, *files):
     return markdown(head, rows)
 
 
+def axis_correlation(variants, key):
+    """-> rank correlation of an axis with hard accuracy over the runs of all variants."""
+    records = [record for variant in variants for record in variant]
+    return spearman(column(records, key), column(records, "hard"))
+
+
 def bootstrap(variants, key, draws=1000):
-    """-> rank correlation of an axis with hard accuracy, its interval, what chance stays below."""
+    """-> axis_correlation, its interval, and what chance stays below."""
     random = np.random.RandomState(0)
-
-    def correlation(some):
-        records = [record for variant in some for record in variant]
-        return spearman(column(records, key), column(records, "hard"))
-
     drawn = []
     shuffled = []
     records = [record for variant in variants for record in variant]
     for _ in range(draws):
         picked = random.randint(len(variants), size=len(variants))
-        drawn.append(correlation([variants[i] for i in picked]))
+        drawn.append(axis_correlation([variants[i] for i in picked], key))
         hard = random.permutation(column(records, "hard"))
         shuffled.append(abs(spearman(column(records, key), hard)))
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return correlation(variants), low, high, np.quantile(shuffled, 0.975)
+    return axis_correlation(variants, key), low, high, np.quantile(shuffled, 0.975)
 
 
 def tracks_table(raw, *files):
@@ -902,12 +910,11 @@ def phrases(raw):
                 f"outer norm; external recall {hits['external-pre']} and {hits['external-outer']}")
 
     # the rest term
-    for name, pattern in (("with", "current/prefix_sums/*"),
-                          ("without", "without-rest/prefix_sums-lr3e-3/*")):
+    for pattern, phrase in (("current/prefix_sums/*", "{} of {} hard strings"),
+                            ("without-rest/prefix_sums-lr3e-3/*", "({} of {} without")):
         runs, = find_groups(raw, [pattern]).values()
-        n = sum(run.result["halting"]["hard"]["n"] for run in runs)
-        rest = halted(runs, ["hard"], "converged")
-        said.append(f"{rest} of {n} hard strings" if name == "with" else f"({rest} of {n} without")
+        at_rest = halted(runs, ["hard"], "converged")
+        said.append(phrase.format(at_rest, halting_size(runs, "hard")))
     groups = find_groups(raw, ["rest/sudoku6/*"])
     rest = {weight: sum(halted(groups[f"{recall}-rest{weight}"], ["hard"], "converged")
                         for recall in ("internal", "external")) for weight in ("0", ".1")}
@@ -919,7 +926,7 @@ def phrases(raw):
         some = [record for record in records if has_axis(record, "held_with_recall")]
         now, low, high, _ = bootstrap(some, "held_with_recall")
         said.append(f"{now:.2f} [{low:.2f}, {high:.2f}]")
-        said += [f"{bootstrap(records, key)[0]:.2f}" for key in ("held", "has_recall")]
+        said += [f"{axis_correlation(records, key):.2f}" for key in ("held", "has_recall")]
 
     # 9x9 boards with ten tries, and chess
     runs = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
