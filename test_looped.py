@@ -3177,14 +3177,17 @@ def is_control(row):
     return row.what.startswith("control")
 
 
+@pytest.mark.parametrize("seed", [101, 2026])
 @pytest.mark.parametrize("name", ["R1", "R4", "R5", "R6", "I2", "I5", "G1", "G5"])
-def test_claim_holds(name):
-    rows = theory.CLAIMS[name](101, quick=True)
+def test_claim_holds(name, seed):
+    rows = theory.CLAIMS[name](seed, quick=True)
     assert not failed(rows)
     assert any(is_control(row) for row in rows)
 
 
-BLOCKS = ("R2", "R3", "I1", "I3", "G2", "G3", "axes")
+BLOCKS = [
+    ("R2", {}), ("R3", {}), ("I1", {}), ("I3", {}), ("G2", {}), ("G3", {}), ("axes", {"blocks": 2})
+]
 
 
 def rows_until_one_fails(name, seed, options):
@@ -3203,9 +3206,9 @@ def meanwhile(request):
     asked = {getattr(item, "originalname", "") for item in request.session.items}
     jobs = []
     if "test_claim_about_the_block_holds" in asked:
-        jobs += [(name, 303, {"blocks": 2} if name == "axes" else {}) for name in BLOCKS]
+        jobs += [(name, 303, smaller) for name, smaller in BLOCKS]
     if "test_a_wrong_variant_fails_a_row_that_is_no_control" in asked:
-        jobs += [(name, 0, options) for name, options in WRONG]
+        jobs += [(name, 0, wrong) for name, wrong in WRONG]
 
     # a fork would inherit the locks of torch's threads
     with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
@@ -3214,9 +3217,9 @@ def meanwhile(request):
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_claim_about_the_block_holds(name, meanwhile):
-    rows = meanwhile(name, 303, {"blocks": 2} if name == "axes" else {})
+@pytest.mark.parametrize("name, smaller", BLOCKS)
+def test_claim_about_the_block_holds(name, smaller, meanwhile):
+    rows = meanwhile(name, 303, smaller)
     assert not failed(rows)
     assert any(is_control(row) for row in rows)
 
