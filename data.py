@@ -230,8 +230,8 @@ class PrefixSums(Task):
         labels   0 1 0 0 1      y_i = (x_1 + ... + x_i) mod 2, and 0 at the start token
 
     The last label needs the first bit, however long the string. With the paper's window of 5 tokens
-    one loop moves information 2 places, so L bits need at least L / 2 loops: 256 for the 512 bits
-    of a test, where training used 21.
+    one loop moves information 2 places, so L bits need about L / 2 loops: 255 for the 512 bits of
+    a test (the last window shifts inwards), where training used 21.
 
     Why a start token? Without it (positions "relative", as in the paper) the model must find the
     edge by itself, and windows that shift inwards hide it: in a string that begins with five or

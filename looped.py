@@ -30,9 +30,12 @@ norm?) and in carry_loss (how to train a loop without unrolling all of it). Nota
     N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
     W_h, W_e     the maps of recall: W_h acts on h, W_e on e (the authors' Wh and Wx)
 
-A loop is one call of step(); --steps counts those of the optimizer. Not in the paper: carry_loss();
-retry(); a start token before strings (added by data.py), and an embedding for each cell of a board
-(--positions absolute).
+A loop is one call of step(); --steps counts those of the optimizer. What a puzzle is, data.Task
+knows: its loss (cross-entropy of the tokens), predict (logits -> labels), scored (which tokens are
+asked for), augment and rename (a random symmetry).
+
+Not in the paper: carry_loss(); retry(); a start token before strings (added by data.py), and an
+embedding for each cell of a board (--positions absolute).
 """
 import argparse
 import dataclasses
@@ -90,7 +93,7 @@ def option(default, help, choices=(), low=None, group=None, tasks=()):
 class Config:
     """Options of a run. Raises LoopedError.
 
-    None: the task's own default (DEFAULTS, near the end of the file), or not set.
+    None: the task's own default (DEFAULTS, below), or not set.
     """
 
     # task and data
@@ -110,7 +113,7 @@ class Config:
     width: int = option(None, "D, channels of the state", group="model")
     heads: int = option(4, "attention heads")
     window: int = option(None, "tokens that a token attends to, in reading order; 0: all", low=0)
-    positions: str = option("absolute", "RoPE and a start token or embedded cells, or RoPE alone",
+    positions: str = option("absolute", "RoPE, and for absolute a start token or embedded cells",
                             ("absolute", "relative"))
     blocks: int = option(1, "untied blocks in a loop")
     recall: str = option("internal", "where the input is re-injected",
@@ -204,6 +207,34 @@ class Config:
         task = data.TASKS[self.task]
         names = [field.name for field in dataclasses.fields(task) if hasattr(self, field.name)]
         return dataclasses.replace(task, **{name: getattr(self, name) for name in names})
+
+
+# -----------------------------------------------------------------------------
+# defaults of the tasks, and the authors' protocol
+
+# a task without a line of its own has these
+BOARD = dict(n_train=20000, n_hard=256, width=64, loops=30, grad_loops=3, steps=8000,
+             batch=64, optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25)
+DEFAULTS = {
+    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=500,
+                        batch=100, optimizer="adamw", lr=3e-3, eval_loops=500, damping=0.0),
+    "sudoku": BOARD,
+    "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
+                          eval_loops=64),
+}
+SIDE_DEFAULTS = {
+    4: dict(loops=16, steps=800, eval_loops=64),
+    6: dict(steps=3000, eval_loops=128),
+}
+
+PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",
+             lr=3e-4, decay="step", warmup=160, steps=1600, eval_loops=500, positions="relative")
+PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
+PAPER_PRESET = {
+    "prefix_sums": PAPER,
+    "sudoku": PAPER_BOARD,
+    "chess": PAPER_BOARD | dict(marks="squares"),
+}
 
 
 # -----------------------------------------------------------------------------
@@ -337,7 +368,7 @@ class LoopedTransformer(nn.Module):
             RMSNorm(D), nn.Linear(D, D), nn.GELU(), nn.Linear(D, self.task.classes)
         )
 
-        # the size of e relative to h sets the strength of recall, so it is fixed explicitly
+        # the size of e relative to h sets the strength of recall, so it is set here
         with torch.no_grad():
             self.tok_emb.weight *= cfg.embed_rms / self.tok_emb.weight.square().mean().sqrt()
             if cfg.recall != "none" and cfg.inject == "linear":
@@ -365,7 +396,7 @@ class LoopedTransformer(nn.Module):
         """
         recall = self.cfg.recall
         norm = self.cfg.norm
-        # below, an unknown recall would act as "none": one that you add needs its name here, too
+        # a new recall needs its name here, too: without a branch it would act as "none"
         if recall not in ("none", "external", "internal"):
             raise ValueError(f"recall {recall!r} has no branch in LoopedTransformer.step")
         for block in self.blocks:
@@ -520,7 +551,7 @@ def carry_loss(model, task, cfg, batch, carry):
     loss = task.loss(logits, y)
 
     # the rest term punishes motion in the last loop: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens;
-    # the size below is a plain number, so that growing does not pay
+    # the denominator is detached, so that a larger h does not lower it
     motion = (h - old).square().sum(-1) / h.detach().square().sum(-1)
     loss = loss + cfg.rest * motion.mean()
 
@@ -712,7 +743,7 @@ def train(cfg, model, sets, out, state=None):
         loss = loss.item()          # waits for a GPU, so that the time is right
         step_seconds = (time.time() - clock) / timed_steps
         seconds += time.time() - clock
-        # nothing is left out: a compiled step would be compiled again for each smaller batch
+        # no puzzle is frozen: a compiled step would be compiled again for each smaller batch
         val = evaluate(model, *sets["val"], [cfg.loops], freeze_below=0.0)[cfg.loops]
         if not math.isfinite(loss) or not math.isfinite(val["residual"]):
             raise LoopedError(f"step {done} is not finite (loss {loss:.3g}): lower --lr; the "
@@ -1031,31 +1062,7 @@ def mark_token(labels, shown, y, i, text):
 
 
 # -----------------------------------------------------------------------------
-# defaults of the tasks, and the authors' protocol
-
-# a task without a line of its own has these
-BOARD = dict(n_train=20000, n_hard=256, width=64, loops=30, grad_loops=3, steps=8000,
-             batch=64, optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25)
-DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=500,
-                        batch=100, optimizer="adamw", lr=3e-3, eval_loops=500, damping=0.0),
-    "sudoku": BOARD,
-    "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
-                          eval_loops=64),
-}
-SIDE_DEFAULTS = {
-    4: dict(loops=16, steps=800, eval_loops=64),
-    6: dict(steps=3000, eval_loops=128),
-}
-
-PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",
-             lr=3e-4, decay="step", warmup=160, steps=1600, eval_loops=500, positions="relative")
-PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
-PAPER_PRESET = {
-    "prefix_sums": PAPER,
-    "sudoku": PAPER_BOARD,
-    "chess": PAPER_BOARD | dict(marks="squares"),
-}
+# command line
 
 # a resumed run keeps what shapes the model, the data and the batches; these may change
 MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "lr", "clip", "eval_loops", "eval_every",
@@ -1064,9 +1071,6 @@ MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "lr", "clip", "eval_loop
 MAY_CHANGE_AT_THE_END = MAY_CHANGE + ("files",)
 # and these belong to one call, not to the run
 OF_ONE_CALL = ("watch", "puzzle", "out", "resume", "preset")
-
-# -----------------------------------------------------------------------------
-# command line
 
 
 def parse(argv):

@@ -1449,17 +1449,17 @@ def test_evaluation_on_a_cpu_takes_about_4096_tokens_at_once(monkeypatch):
     assert looped.chunk_size(torch.zeros(1000, 33)) == 4096 // 33
     assert looped.chunk_size(torch.zeros(3, 65536)) == 1
 
-    # in lots or all at once, and with a short last lot: the same result
+    # in chunks or all at once, and with a short last chunk: the same result
     cfg = tiny(n_hard=7)
     model = looped.LoopedTransformer(cfg)
     x, y = sets_of(cfg)["hard"]
     whole = looped.evaluate(model, x, y, [1, 4])
     monkeypatch.setattr(looped, "chunk_size", lambda x: 3)
     seen = []
-    lots = looped.evaluate(model, x, y, [1, 4], lambda done, total: seen.append((done, total)))
+    chunks = looped.evaluate(model, x, y, [1, 4], lambda done, total: seen.append((done, total)))
     assert seen == [(3, 7), (6, 7), (7, 7)]
     for t in whole:
-        assert lots[t] == pytest.approx(whole[t], rel=1e-4)
+        assert chunks[t] == pytest.approx(whole[t], rel=1e-4)
 
 
 def save_weights_alone(path):
@@ -1899,9 +1899,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(cache):
     """{task or side: splits}, made once."""
-    return {
-        k: data.splits(task, 3, 6, 1, 1, 2, cache=cache) for k, task in TASK.items()
-    }
+    return {k: data.splits(task, 3, 6, 1, 1, 2, cache=cache) for k, task in TASK.items()}
 
 
 def rows(array):
@@ -1910,9 +1908,7 @@ def rows(array):
 
 def same_puzzles(a, b):
     """Are two Puzzles equal?"""
-    return all(
-        np.array_equal(getattr(a, k), getattr(b, k)) for k in ("x", "y", "rating")
-    )
+    return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("x", "y", "rating"))
 
 
 def same_splits(a, b):
@@ -1956,18 +1952,7 @@ def test_a_whole_task_is_one_class(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "name",
-        "grid",
-        "vocab",
-        "classes",
-        "symbols",
-        "chance",
-        "levels",
-        "chunk",
-        "draw",
-        "read",
-    ],
+    ["name", "grid", "vocab", "classes", "symbols", "chance", "levels", "chunk", "draw", "read"],
 )
 def test_an_incomplete_task_is_refused_by_what_it_lacks(name):
     with pytest.raises(TypeError, match=f"Toy lacks {name}: see data.Task"):
@@ -1984,9 +1969,7 @@ def test_the_default_loss_is_the_cross_entropy_of_all_tokens():
     y = torch.randint(4, (3, 5))
     by_hand = -logits.log_softmax(-1).gather(-1, y[..., None]).mean()
     torch.testing.assert_close(BITS.loss(logits, y), by_hand)
-    assert torch.equal(
-        BITS.loss(logits, y), F.cross_entropy(logits.flatten(0, 1), y.flatten())
-    )
+    assert torch.equal(BITS.loss(logits, y), F.cross_entropy(logits.flatten(0, 1), y.flatten()))
     assert BITS.loss(logits.bfloat16(), y).dtype == torch.float32
 
 
@@ -2000,10 +1983,7 @@ def test_each_level_says_what_it_is():
     assert BITS.levels == {"easy": "32 bits", "hard": "512 bits"}
     assert SUDOKU[4].levels == {"easy": "7 to 10 clues", "hard": "4 or 5 clues"}
     assert SUDOKU[6].levels["easy"] == "singles suffice (rating 0)"
-    assert SUDOKU[9].levels == {
-        "easy": "at most 4 placements tried",
-        "hard": "5 and more",
-    }
+    assert SUDOKU[9].levels == {"easy": "at most 4 placements tried", "hard": "5 and more"}
     assert CHESS.levels == {"easy": "mate in one", "hard": "mate in two"}
 
 
@@ -2024,8 +2004,7 @@ def test_easy_and_hard_are_what_they_are_called(cache):
         assert max(max(s[k].rating) for k in ("train", "val", "easy")) == most
         assert min(s["hard"].rating) in (least, least + 1)
     clues = {
-        k: (p.x > 0).sum(1)
-        for k, p in data.splits(SUDOKU[4], 3, 99, 9, 9, 99, cache=cache).items()
+        k: (p.x > 0).sum(1) for k, p in data.splits(SUDOKU[4], 3, 99, 9, 9, 99, cache=cache).items()
     }
     assert set(clues["train"]) == {7, 8, 9, 10} and set(clues["hard"]) == {4, 5}
 
@@ -2071,14 +2050,11 @@ def test_a_longer_file_only_appends(tmp_path):
 @pytest.mark.parametrize("bits", [4, 5, 6, 7])
 def test_a_small_population_is_refused_with_what_there_is(bits, tmp_path):
     task = replace(BITS, bits=bits, hard_bits=bits)
-    with pytest.raises(
-        data.DataError, match="500 train puzzles asked for.*only "
-    ) as refusal:
+    with pytest.raises(data.DataError, match="500 train puzzles asked for.*only ") as refusal:
         data.splits(task, 0, 500, 0, 0, 0, cache=tmp_path)
     words = str(refusal.value).replace(",", "").split()
     there = {
-        split: int(words[words.index(split, 8) - 1])
-        for split in ("train", "val", "easy", "hard")
+        split: int(words[words.index(split, 8) - 1]) for split in ("train", "val", "easy", "hard")
     }
     assert sum(there.values()) == 2**bits
 
@@ -2088,7 +2064,7 @@ def test_a_small_population_is_refused_with_what_there_is(bits, tmp_path):
     assert len(set(everything)) == 2**bits
 
 
-def test_many_small_lots_are_no_reason_to_give_up(tmp_path):
+def test_many_small_chunks_are_no_reason_to_give_up(tmp_path):
     def chunk(self, seed, index):
         x = np.random.default_rng((seed, index)).integers(0, 2, (4, 8), np.uint8)
         p = data.Puzzles(x, 1 - x, x.sum(1))
@@ -2099,9 +2075,9 @@ def test_many_small_lots_are_no_reason_to_give_up(tmp_path):
 
 
 def test_long_strings_are_not_made_of_the_short_ones():
-    lot = BITS.chunk(0, 0)
-    easy = lot["easy"].x[:16, 1:].ravel()
-    hard = lot["hard"].x[0, 1:]
+    chunk = BITS.chunk(0, 0)
+    easy = chunk["easy"].x[:16, 1:].ravel()
+    hard = chunk["hard"].x[0, 1:]
     assert len(easy) == len(hard) and 150 < (easy != hard).sum() < 362
 
 
@@ -2135,9 +2111,7 @@ def test_the_first_puzzle_is_that_of_the_test(level, cache):
     assert (x == s.x[0]).all() and (y == s.y[0]).all()
 
 
-@pytest.mark.parametrize(
-    "numbers", [(-1, 0, 0, 0, 0), (0, -1, 0, 0, 0), (0, 0, 0, 0, -1)]
-)
+@pytest.mark.parametrize("numbers", [(-1, 0, 0, 0, 0), (0, -1, 0, 0, 0), (0, 0, 0, 0, -1)])
 def test_negative_numbers_are_refused_by_name(numbers):
     option = ["seed", "n_train", "n_val", "n_test", "n_hard"][numbers.index(-1)]
     with pytest.raises(data.DataError, match=f"--{option} -1: must be at least 0"):
@@ -2167,9 +2141,7 @@ def peers(i, side):
     return [
         j
         for j in range(side * side)
-        if j // side == row
-        or j % side == column
-        or (j // side // height, j % side // width) == box
+        if j // side == row or j % side == column or (j // side // height, j % side // width) == box
     ]
 
 
@@ -2274,7 +2246,7 @@ def test_rating_counts_placements_and_two_solutions_are_found():
 def test_a_digit_twice_in_a_unit_is_a_contradiction_at_once():
     # on an open 9x9 board nothing else tells so soon
     board = np.full((81, 4), 511, np.uint16)
-    pairs = [(0, 3), (0, 27), (0, 10), (0, 13)]     # in a row, a column, a box; control: in none
+    pairs = [(0, 3), (0, 27), (0, 10), (0, 13)]  # in a row, a column, a box; control: in none
     for i, cells in enumerate(pairs):
         board[list(cells), i] = 1
     _, bad = data.deduce(board, (3, 3))
@@ -2288,7 +2260,7 @@ def test_full_boards_are_random_in_every_digit():
     for cell in (0, 6, 15):
         counts = np.bincount(digits[:, cell], minlength=5)[1:]
         assert (abs(counts - 100) < 50).all(), counts
-    assert len({row.tobytes() for row in digits}) > 150         # of 288
+    assert len({row.tobytes() for row in digits}) > 150  # of 288
 
 
 def test_the_first_digit_of_a_full_board_is_any_digit(monkeypatch):
@@ -2298,6 +2270,7 @@ def test_the_first_digit_of_a_full_board_is_any_digit(monkeypatch):
     def spy(cand, box):
         boards.append(cand.copy())
         return real(cand, box)
+
     monkeypatch.setattr(data, "deduce", spy)
     data.solved_grids(np.random.default_rng(0), 100, (2, 2))
     after_one_digit = boards[1]
@@ -2320,11 +2293,7 @@ def test_puzzles_are_proven_with_a_second_solution_in_mind(monkeypatch):
 
 def decode(x):
     board = chess.Board(None)
-    pieces = {
-        i: chess.Piece((token - 1) % 6 + 1, token < 7)
-        for i, token in enumerate(x)
-        if token
-    }
+    pieces = {i: chess.Piece((token - 1) % 6 + 1, token < 7) for i, token in enumerate(x) if token}
     board.set_piece_map(pieces)
     return board
 
@@ -2352,9 +2321,9 @@ def marked(y):
 
 
 def test_chess_puzzles_have_one_solving_move_of_the_depth_they_are_rated():
-    lot = CHESS.chunk(7, 0, 6, 1)
-    assert (len(lot["easy"]), len(lot["hard"])) == (6, 1)
-    for depth, p in ((1, lot["easy"]), (2, lot["hard"])):
+    chunk = CHESS.chunk(7, 0, 6, 1)
+    assert (len(chunk["easy"]), len(chunk["hard"])) == (6, 1)
+    for depth, p in ((1, chunk["easy"]), (2, chunk["hard"])):
         assert (p.rating == depth).all()
         for x, y in zip(p.x.tolist(), p.y, strict=True):
             board = decode(x)
@@ -2373,15 +2342,11 @@ def test_half_of_the_mates_in_one_come_from_games(monkeypatch):
 
     monkeypatch.setattr(data, "position", spy)
     CHESS.chunk(1, 0, 4, 1)
-    assert sorted(asked) == [("game", 1)] * 2 + [("placement", 1)] * 2 + [
-        ("placement", 2)
-    ]
+    assert sorted(asked) == [("game", 1)] * 2 + [("placement", 1)] * 2 + [("placement", 2)]
 
 
 def test_the_index_of_a_chunk_the_seed_and_nothing_else_matter():
-    a, b, c, d = (
-        CHESS.chunk(s, i, 3, 0)["easy"].x for s, i in ((0, 0), (0, 0), (0, 1), (1, 0))
-    )
+    a, b, c, d = (CHESS.chunk(s, i, 3, 0)["easy"].x for s, i in ((0, 0), (0, 0), (0, 1), (1, 0)))
     assert (a == b).all() and (a != c).any() and (a != d).any()
 
     # the digits of seed and index do not run together, nor are they added up
@@ -2389,9 +2354,9 @@ def test_the_index_of_a_chunk_the_seed_and_nothing_else_matter():
     one, eleven = (CHESS.chunk(s, i, 3, 0)["easy"].x for s, i in places[-2:])
     assert (one != eleven).any()
     for task in (BITS, SUDOKU[4]):
-        again, *lots = [task.chunk(s, i)["easy"].x[:20] for s, i in ((0, 0), *places)]
-        assert (again == lots[0]).all()
-        for first, second in itertools.combinations(lots, 2):
+        again, *chunks = [task.chunk(s, i)["easy"].x[:20] for s, i in ((0, 0), *places)]
+        assert (again == chunks[0]).all()
+        for first, second in itertools.combinations(chunks, 2):
             assert (first != second).any()
 
 
@@ -2411,15 +2376,9 @@ def test_the_index_of_a_chunk_the_seed_and_nothing_else_matter():
 def test_checks_are_all_moves_that_give_check_but_castling(fen):
     board = chess.Board(fen)
     kept = set(data.checks(board))
-    plain = {
-        m
-        for m in board.legal_moves
-        if board.gives_check(m) and not board.is_castling(m)
-    }
+    plain = {m for m in board.legal_moves if board.gives_check(m) and not board.is_castling(m)}
     assert plain <= kept <= set(board.legal_moves)
-    assert {(m.from_square, m.to_square) for m in data.solutions(board, 1)} == forced(
-        board, 1
-    )
+    assert {(m.from_square, m.to_square) for m in data.solutions(board, 1)} == forced(board, 1)
 
 
 def test_random_positions_have_the_mates_that_trying_everything_finds():
@@ -2459,12 +2418,16 @@ def test_a_mate_in_two_has_no_mate_in_one():
 def test_a_position_with_a_mate_in_one_is_passed_over_where_two_are_asked_for(monkeypatch):
     first, second = chess.Board(), chess.Board()
     mate = chess.Move.from_uci("e2e4")
-    found = {(id(first), 1): [mate], (id(first), 2): [mate], (id(second), 1): [],
-             (id(second), 2): [mate]}
+    found = {
+        (id(first), 1): [mate],
+        (id(first), 2): [mate],
+        (id(second), 1): [],
+        (id(second), 2): [mate],
+    }
     monkeypatch.setattr(data, "solutions", lambda board, depth: iter(found[id(board), depth]))
     boards = [first, second]
     assert data.position(None, lambda rng: iter(boards), 2)[0] is second
-    assert data.position(None, lambda rng: iter(boards), 1)[0] is first     # control
+    assert data.position(None, lambda rng: iter(boards), 1)[0] is first  # control
 
 
 def test_games_are_some_moves_old_and_placements_have_armies_of_the_sizes_they_say():
@@ -2496,9 +2459,7 @@ def test_promotions_count_as_one_move():
     x, y = CHESS.parse(board.fen())
     assert marked(y) == (chess.A7, chess.A8)
     assert CHESS.answer(board.fen(), y).startswith("a8=")
-    assert "mate" in CHESS.answer(board.fen(), y) and "no mate" not in CHESS.answer(
-        board.fen(), y
-    )
+    assert "mate" in CHESS.answer(board.fen(), y) and "no mate" not in CHESS.answer(board.fen(), y)
 
 
 def test_two_pieces_that_mate_on_one_square_are_two_answers():
@@ -2520,19 +2481,13 @@ def test_chess_is_seen_by_the_side_to_move():
     board = chess.Board()
     for _ in range(60):
         x = data.encode(board)
-        assert (data.encode(board.mirror()) == x).all() and np.flatnonzero(
-            x == 6
-        ) % 8 > 3
-        for move in rng.sample(
-            list(board.legal_moves), min(3, board.legal_moves.count())
-        ):
+        assert (data.encode(board.mirror()) == x).all() and np.flatnonzero(x == 6) % 8 > 3
+        for move in rng.sample(list(board.legal_moves), min(3, board.legal_moves.count())):
             y = CHESS.label(board, move)
             start, _ = marked(y)
             assert f"({move.uci()[:4]}" in CHESS.answer(board.fen(), y)
             assert decode(x.tolist()).piece_at(start).color == chess.WHITE
-            assert decode(x.tolist()).piece_type_at(start) == board.piece_type_at(
-                move.from_square
-            )
+            assert decode(x.tolist()).piece_type_at(start) == board.piece_type_at(move.from_square)
         board.push(rng.choice(list(board.legal_moves)))
         if not any(board.legal_moves):
             board = chess.Board()
@@ -2588,16 +2543,11 @@ def test_an_answer_says_whether_a_move_is_legal_and_mates(task):
 
 # files
 
-HEADER = {
-    "chess": "PuzzleId,FEN,Moves,Rating",
-    "sudoku": "source,question,answer,rating",
-}
+HEADER = {"chess": "PuzzleId,FEN,Moves,Rating", "sudoku": "source,question,answer,rating"}
 FEN = "r1bqkbnr/pppp1ppp/2n5/4p2Q/2B1P3/8/PPPP1PPP/RNB1K1NR b KQkq - 3 3"
 Q = "1.3..4..2..3..2."
 A = "1234341221434321"
-HARD = [
-    f"b,{FEN},{m} h5f7,{r}" for m, r in (("h7h6", 1601), ("d7d6", 2000), ("g8h6", 2001))
-]
+HARD = [f"b,{FEN},{m} h5f7,{r}" for m, r in (("h7h6", 1601), ("d7d6", 2000), ("g8h6", 2001))]
 
 
 def write_rows(path, *lines, opener=open):
@@ -2645,12 +2595,10 @@ def test_a_finished_run_is_tested_on_another_file_but_not_trained_on_it(tmp_path
     assert found["config"]["files"] == str(other)
     assert found["halting"]["hard"]["n"] == 6
     capsys.readouterr()
-    assert "--files" in fails(capsys, [*asked, "--steps", "4"])     # control
+    assert "--files" in fails(capsys, [*asked, "--steps", "4"])  # control
 
 
-@pytest.mark.parametrize(
-    "opener, suffix", [(open, ""), (gzip.open, ".gz"), (bz2.open, ".bz2")]
-)
+@pytest.mark.parametrize("opener, suffix", [(open, ""), (gzip.open, ".gz"), (bz2.open, ".bz2")])
 def test_lichess_files_are_read(tmp_path, opener, suffix):
     lines = Path(many_mates(tmp_path)).read_text().splitlines()
     path = write_rows(tmp_path / f"p.csv{suffix}", *lines, *HARD, opener=opener)
@@ -2661,10 +2609,7 @@ def test_lichess_files_are_read(tmp_path, opener, suffix):
 
     # 2,000 is hard, 2,001 is too hard
     few = write_rows(tmp_path / "few.csv", HEADER["chess"], *HARD)
-    assert data.splits(CHESS, 0, 0, 0, 0, 2, few)["hard"].rating.tolist() == [
-        1601,
-        2000,
-    ]
+    assert data.splits(CHESS, 0, 0, 0, 0, 2, few)["hard"].rating.tolist() == [1601, 2000]
     with pytest.raises(data.DataError, match="few.csv has only 0 train, .* 2 hard"):
         data.splits(CHESS, 0, 0, 0, 0, 3, few)
 
@@ -2777,13 +2722,7 @@ def test_the_second_file_is_for_the_tests_and_shares_no_grid_with_the_first(tmp_
 
 @pytest.mark.parametrize(
     "ratings, cut",
-    [
-        (range(10), 8),
-        ([0] * 9 + [2], 1),
-        ([2, 2, 4, 4], 4),
-        ([1] * 7 + [2, 3, 4], 3),
-        ([5], 6),
-    ],
+    [(range(10), 8), ([0] * 9 + [2], 1), ([2, 2, 4, 4], 4), ([1] * 7 + [2, 3, 4], 3), ([5], 6)],
 )
 def test_the_hardest_fifth_of_a_file_is_hard_but_never_all(tmp_path, ratings, cut):
     lines = [f"s,{Q},{A},{rating}" for rating in ratings]
@@ -2816,12 +2755,7 @@ def test_no_seed_trains_on_the_tests_of_another():
 def test_long_strings_are_shown_64_to_a_line():
     x, y = BITS.parse("1" * 70)
     lines = BITS.show(x, y).split("\n")
-    assert lines == [
-        "bits  " + "1" * 64,
-        "sums  " + "10" * 32,
-        "bits  111111",
-        "sums  101010",
-    ]
+    assert lines == ["bits  " + "1" * 64, "sums  " + "10" * 32, "bits  111111", "sums  101010"]
     assert BITS.show(x).split("\n") == lines[::2]
 
 
@@ -2834,9 +2768,9 @@ def test_4x4_puzzles_with_six_clues_are_in_no_level(monkeypatch):
         return solve(cand, box, limit)
 
     monkeypatch.setattr(data, "solve", spy)
-    lot = SUDOKU[4].chunk(0, 0, 512)
-    assert {*(lot["easy"].x > 0).sum(1)} == {7, 8, 9, 10}
-    assert {*(lot["hard"].x > 0).sum(1)} == {4, 5}
+    chunk = SUDOKU[4].chunk(0, 0, 512)
+    assert {*(chunk["easy"].x > 0).sum(1)} == {7, 8, 9, 10}
+    assert {*(chunk["hard"].x > 0).sum(1)} == {4, 5}
     assert {*counts[-1]} == {4, 5, 6, 7, 8, 9, 10}  # the control: they were made
 
 
@@ -2854,7 +2788,7 @@ def test_the_number_of_cores_and_the_cache_change_nothing(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("cores", [1, 2])
-def test_lots_made_on_all_cores_come_in_order_and_none_is_left_out(cores, monkeypatch):
+def test_chunks_made_on_all_cores_come_in_order_and_none_is_left_out(cores, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     stream = data.parallel(abs, 3)
     assert [next(stream) for _ in range(20)] == list(range(3, 23))
@@ -2880,9 +2814,7 @@ def test_a_cache_is_for_one_seed_one_set_of_options_and_one_code(tmp_path, monke
     assert len(files()) == 4
 
 
-def test_the_code_of_a_cache_is_that_of_this_file_and_of_the_tasks_own(
-    tmp_path, monkeypatch
-):
+def test_the_code_of_a_cache_is_that_of_this_file_and_of_the_tasks_own(tmp_path, monkeypatch):
     foreign = toy()()
     before = data.code(CHESS), data.code(foreign)
     assert before[0] != before[1] and before[0] == data.code(BITS)
@@ -2905,12 +2837,7 @@ def test_a_cache_serves_what_it_holds_and_a_damaged_one_is_made_again(
     (file,) = tmp_path.rglob("*.npz")
     whole = file.read_bytes()
     np.savez(tmp_path / "other", name="other.npz")
-    for content in (
-        whole[:-300],
-        b"",
-        b"PK no zip",
-        (tmp_path / "other.npz").read_bytes(),
-    ):
+    for content in (whole[:-300], b"", b"PK no zip", (tmp_path / "other.npz").read_bytes()):
         file.write_bytes(content)
         assert same_splits(first, make()) and f"{file}: " in capsys.readouterr().err
 
@@ -2975,21 +2902,13 @@ def test_the_clock_and_the_time_left(capsys, monkeypatch):
 def data_cli(folder, *args, **options):
     command = [sys.executable, data.__file__, *map(str, args)]
     return subprocess.Popen(
-        command,
-        cwd=folder,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
 
 
 def test_two_processes_print_the_same_and_only_ascii(tmp_path):
     args = ("--task", "chess", "--level", "hard", "--n", 2)
-    runs = [
-        data_cli(tmp_path, *args, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-        for _ in "ab"
-    ]
+    runs = [data_cli(tmp_path, *args, env=os.environ | {"PYTHONIOENCODING": "ascii"}) for _ in "ab"]
     (out, err), (other, _) = (run.communicate() for run in runs)
     assert out == other and out.isascii() and out.count("rating 2") == 2 and not err
     assert not any(run.returncode for run in runs)
@@ -3019,9 +2938,7 @@ def test_puzzles_of_a_file_are_printed(tmp_path):
         (("--seed", -1), "--seed -1"),
     ],
 )
-def test_the_command_line_refuses_in_one_line(
-    tmp_path, args, message, capsys, monkeypatch
-):
+def test_the_command_line_refuses_in_one_line(tmp_path, args, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         data.main(list(map(str, args)))
@@ -3050,9 +2967,7 @@ def test_a_reader_that_stops_early_ends_it_quietly(tmp_path):
 
 def processes_of(group):
     """The processes of a group that have not ended."""
-    found = subprocess.run(
-        ["ps", "-eo", "pgid,stat,pid"], capture_output=True, text=True
-    ).stdout
+    found = subprocess.run(["ps", "-eo", "pgid,stat,pid"], capture_output=True, text=True).stdout
     lines = [line.split() for line in found.splitlines()[1:]]
     return [pid for pgid, state, pid in lines if int(pgid) == group and state[0] != "Z"]
 
@@ -3119,16 +3034,10 @@ def test_typed_puzzles_round_trip(made, key):
     assert (again == x).all() and (solution == y).all()
 
     picture = task.show(x, y, lambda i, text: f"<{text}>")
-    assert picture.count("<") == {"chess": 2, "squares": 2, "bits": 32}.get(
-        key, (x == 0).sum()
-    )
-    assert (
-        symbols_of(picture) == symbols_of(task.show(x, y)) != symbols_of(task.show(x))
-    )
+    assert picture.count("<") == {"chess": 2, "squares": 2, "bits": 32}.get(key, (x == 0).sum())
+    assert symbols_of(picture) == symbols_of(task.show(x, y)) != symbols_of(task.show(x))
     assert picture.isascii()
-    assert ("mate" if key in ("chess", "squares") else "solved") in task.answer(
-        task.text(x), y
-    )
+    assert ("mate" if key in ("chess", "squares") else "solved") in task.answer(task.text(x), y)
     assert task.answer(task.text(x), y[::-1]) != task.answer(task.text(x), y)
 
 
@@ -3146,11 +3055,7 @@ def test_the_examples_in_the_docstrings_are_right():
     assert "".join(map(str, x)) == "1030040020030020" and "".join(map(str, y)) == A
 
     x, y = CHESS.parse("7k/8/5KQ1/8/8/8/8/8 w - - 0 1")
-    assert {chess.square_name(i): x[i] for i in np.flatnonzero(x)} == {
-        "f6": 6,
-        "g6": 5,
-        "h8": 12,
-    }
+    assert {chess.square_name(i): x[i] for i in np.flatnonzero(x)} == {"f6": 6, "g6": 5, "h8": 12}
     assert {chess.square_name(i): y[i] for i in np.flatnonzero(y)} == {"g6": 1, "g7": 2}
 
 
