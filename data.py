@@ -70,6 +70,9 @@ class Task:
 
     What has no value here is a task's own, and so are chunk, draw, read and, if there are
     `columns`, convert. A class that lacks one of them is refused when it is defined, by name.
+
+    looped.py sets those options that its Config has, too: for a new one add a field there, for one
+    that is there name the task in its `tasks=`; a recipe of the task's own is a line in DEFAULTS.
     """
 
     name: str           # what --task calls it

@@ -203,7 +203,7 @@ class Config:
                 raise LoopedError(f"--{field.name} {value}: must be between {low} and 2^63")
 
     def make_task(self):
-        """-> the data.Task; its options are those fields that have the same name here."""
+        """-> the data.Task; its fields take the values of the same name here, defaults included."""
         task = data.TASKS[self.task]
         names = [field.name for field in dataclasses.fields(task) if hasattr(self, field.name)]
         return dataclasses.replace(task, **{name: getattr(self, name) for name in names})
@@ -322,7 +322,7 @@ class Block(nn.Module):
         # each norm, with its gain, is shared by both sub-layers
         if cfg.norm != "outer":
             self.norm_in = RMSNorm(D)
-        if cfg.norm != "pre":
+        if cfg.norm in ("peri", "outer", "sandwich", "gru"):
             self.norm_out = RMSNorm(D)
         if cfg.norm == "gru":
             self.gru = nn.GRUCell(D, D)
@@ -699,7 +699,7 @@ def train(cfg, model, sets, out, state=None):
             rng.set_state(state["rng"].cpu())
         if state["carry"] is not None:
             carry = {name: tensor.to(device) for name, tensor in state["carry"].items()}
-    if cfg.train != "progressive" and carry is None:
+    if cfg.train == "carry" and carry is None:
         batch = get_batch(task, x_all, y_all, cfg.batch, rng)
         carry = start_carry(model, cfg, batch)
 
@@ -844,7 +844,7 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
 
 
 def evaluate(model, x, y, loops, progress=None, freeze_below=ROUNDING):
-    """Accuracy and motion of puzzles x, y [N, L] after each of the loop counts `loops`.
+    """Accuracy and motion of puzzles x, y [N, L] int64 after each of the counts `loops`, a list.
 
     A puzzle that moves less than freeze_below is looped no more, so that its residual2 is 0.
     -> {count: {"exact":      share of puzzles with every token right (those that are not scored,
@@ -915,7 +915,9 @@ def evaluate_and_halt(model, x, y, loops, progress=None, freeze_below=ROUNDING, 
 
 @torch.inference_mode()
 def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
-    """Adaptive halting: each puzzle of x [N, L] loops until none of its tokens moves more than tol.
+    """Adaptive halting: each puzzle loops until none of its tokens moves more than tol.
+
+    x [N, L] int64
 
     -> logits [N, L, classes], loops used [N], converged [N] (False: max_loops was not enough).
     """
@@ -1143,6 +1145,9 @@ def configure(given):
         raise LoopedError("--puzzle is for --watch: add that")
     if "recall_gain" in given and (cfg.recall == "none" or cfg.inject != "linear"):
         raise LoopedError("--recall_gain scales W_e: it needs a recall, and --inject linear")
+    for name in ("rest", "grad_loops"):
+        if name in given and cfg.train != "carry":
+            raise LoopedError(f"--{name} is for --train carry: leave the option out")
     if cfg.tries > 1 and type(cfg.make_task()).rename is data.Task.rename:
         raise LoopedError(f"--tries {cfg.tries}: {cfg.task} has no symmetry, so it must be 1")
     if state is not None and cfg.steps < state["step"]:

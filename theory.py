@@ -152,6 +152,8 @@ def distinct(points):
 
 def jacobian(f, s):
     """J [B, n, n] at s [B, n] of a map of [B, n] whose rows do not see each other."""
+    if f(s).shape != s.shape:
+        raise ValueError(f"{len(s)} states for a map of other inputs: see Loop.on")
     # the fused backward pass of attention cannot be batched
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jacrev(lambda t: f(t).sum(0))(s).transpose(0, 1).detach()
@@ -182,6 +184,8 @@ class Loop:
     """f(h): one turn of a float64 model on states [B, L D], for embedded inputs e [B, L, D]."""
 
     def __init__(self, model, e):
+        if e.dtype != torch.float64:
+            raise ValueError(f"embedded inputs in {e.dtype}: make it copy.deepcopy(model).double()")
         self.model = model
         self.e = e
         self.start = e.flatten(1)       # h_0 = e
@@ -191,7 +195,7 @@ class Loop:
         return self.model.step(h.view(-1, *self.e.shape[1:]), self.r).flatten(1)
 
     def on(self, e):
-        """The same model on other inputs."""
+        """The same model on other inputs; f.on(f.e[i:i + 1]) is for input i alone."""
         return Loop(self.model, e.view(-1, *self.e.shape[1:]))
 
 
@@ -269,7 +273,10 @@ def flat(tensors):
 
 
 def gradients(f, K, loss):
-    """l = loss(h_K [B, L, D]) -> |dl/dh_0|, dl/dW [all weights of the loop], h_K, dl/dh_K."""
+    """l = loss(h_K [B, L, D]) -> |dl/dh_0|, dl/dW [all weights of the loop], h_K, dl/dh_K.
+
+    It leaves the model's weights without requires_grad.
+    """
     h0 = f.start.clone().requires_grad_()
     weights = list(f.model.requires_grad_(True).parameters())
     f = f.on(f.e)                       # recall, now with gradient
@@ -1278,7 +1285,10 @@ def trained(path, inputs):
 
 
 def trained_limits(path, inputs=3):
-    """A run -> Loop in float64 and limits; strings are cut to L D <= 1,024, where J is quick."""
+    """A run -> Loop in float64 and limits; strings are cut to L D <= 1,024, where J is quick.
+
+    (So of a task on strings the first tokens of a puzzle have to be a puzzle.)
+    """
     model, x, _ = trained(path, inputs)
     model = copy.deepcopy(model).double().requires_grad_(False)
     if len(model.task.grid) == 1:
@@ -1289,7 +1299,7 @@ def trained_limits(path, inputs=3):
 
 def hard_accuracy(path):
     """Exact accuracy on hard puzzles at the largest loop count of a run's eval.json, or None."""
-    evaluation = Path(path, "eval.json")
+    evaluation = looped.home_of(path) / "eval.json"
     if not evaluation.exists():
         return None
     hard = json.loads(evaluation.read_text())["hard"]

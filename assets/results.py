@@ -240,14 +240,14 @@ def task_key(config):
 
 
 def front_table(raw, *patterns):
-    """For the front page: a row for each group of seeds, and one for its retries if it has them.
+    """For the front page: a row for each group of seeds, with loop counts in parentheses.
 
-    Hard puzzles are scored at the loops of training and at the largest loop count, easy ones at
-    the latter.
+    Easy puzzles are scored at the largest loop count; hard ones at the loops of training, at the
+    largest loop count, and with as many tries as the run had.
     """
     head = [
-        "task, seeds", "easy", "solved", "hard", "solved as in training", "solved by looping on",
-        "of all hard puzzles", "minutes",
+        "task, seeds", "trained on", "solved", "tested on", "solved as in training",
+        "solved by looping on", "in up to ten tries", "minutes",
     ]
     rows = []
     for runs in find_groups(raw, patterns).values():
@@ -261,30 +261,25 @@ def front_table(raw, *patterns):
         first = in_training(runs[0])
         early = np.mean([run.result["hard"][first]["exact"] for run in runs])
         late = spread([run.exact("hard") for run in runs])
+
+        tries = ""
+        if config.get("tries", 1) > 1:
+            solved = spread([run.halting("hard")[0] for run in runs])
+            loops = np.mean([run.halting("hard")[2] for run in runs])
+            tries = f"{solved} ({loops:.0f})"
         rows.append(
             [
                 f"{task}, {len(runs)}",
                 easy,
                 spread([run.exact("easy") for run in runs]),
                 hard,
-                f"{early:.3f}, {first} loops",
-                f"{late}, {config['eval_loops']} loops",
-                pooled(runs, "hard"),
+                f"{early:.3f} ({first})",
+                f"{late} ({config['eval_loops']})",
+                tries,
                 spread([run.result["minutes"] for run in runs], ".1f"),
             ]
         )
-        if config.get("tries", 1) > 1:
-            rows.append(retries_row(runs, config["tries"]))
     return markdown(head, rows)
-
-
-def retries_row(runs, tries):
-    """What the runs solve with so many tries, and the loops that a hard puzzle takes in them."""
-    solved = {level: spread([run.halting(level)[0] for run in runs]) for level in LEVELS}
-    loops = np.mean([run.halting("hard")[2] for run in runs])
-    late = f"{solved['hard']}, {loops:.0f} loops on average"
-    interval = with_interval(halted(runs, ["hard"], "exact"), halting_size(runs, "hard"))
-    return [f"... up to {tries} tries", "", solved["easy"], "", "", late, interval, ""]
 
 
 def loops_table(raw, *patterns):
