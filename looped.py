@@ -854,22 +854,22 @@ def evaluate(model, x, y, loops, progress=None, freeze_below=ROUNDING):
                 "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
                 "norm_ratio": |h_t| / |h_1|, mean over puzzles}}
     """
-    table, *_ = evaluate_and_halt(model, x, y, loops, progress, freeze_below)
-    return table
+    means, *_ = evaluate_and_halt(model, x, y, loops, progress, freeze_below)
+    return means
 
 
 @torch.inference_mode()
 def evaluate_and_halt(model, x, y, loops, progress=None, freeze_below=ROUNDING, tol=1e-3):
     """What evaluate() says, and what solve() would, in one pass over the loops.
 
-    -> the table of evaluate(); and labels [N, L], loops used [N] and converged [N] of puzzles that
+    -> what evaluate() returns; and labels [N, L], loops used [N] and converged [N] of puzzles that
     stop when they have converged, or else at the largest loop count.
     """
     if min(loops) < 1:
         raise LoopedError(f"loop counts start at 1, not at {min(loops)}")
-    names = ("exact", "token", "residual", "residual2", "norm_ratio")
-    total = {t: dict.fromkeys(names, 0.0) for t in loops}
     last = max(loops)
+    names = ("exact", "token", "residual", "residual2", "norm_ratio")
+    table = {t: {name: torch.zeros(len(x), device=x.device) for name in names} for t in loops}
     labels = torch.empty_like(y)
     used = torch.zeros(len(x), dtype=torch.long, device=x.device)
     converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -884,22 +884,20 @@ def evaluate_and_halt(model, x, y, loops, progress=None, freeze_below=ROUNDING, 
         for t, h, residual in run_loop(model, x[chunk], last + 2, min(freeze_below, tol)):
             if t == 1:
                 first_norm = h.norm(dim=(1, 2))
-            if t in total:
+                halted = torch.empty_like(h)
+            if t in table:
                 right = model.task.predict(model.readout(h)) == y[chunk]
-                token = (right & scored).sum(-1) / scored.sum(-1).clamp(min=1)
-                total[t]["exact"] += right.all(-1).sum().item()
-                total[t]["token"] += token.sum().item()
-                total[t]["norm_ratio"] += (h.norm(dim=(1, 2)) / first_norm).sum().item()
+                table[t]["exact"][chunk] = right.all(-1).float()
+                table[t]["token"][chunk] = (right & scored).sum(-1) / scored.sum(-1).clamp(min=1)
+                table[t]["norm_ratio"][chunk] = h.norm(dim=(1, 2)) / first_norm
                 kept[t] = h.clone()
             # the motion of this loop is how far one more loop moves the state of count t - 1
-            if t - 1 in total:
-                total[t - 1]["residual"] += residual.sum().item()
-            if t - 2 in total:
-                total[t - 2]["residual2"] += relative_change(h, kept.pop(t - 2)).sum().item()
+            if t - 1 in table:
+                table[t - 1]["residual"][chunk] = residual
+            if t - 2 in table:
+                table[t - 2]["residual2"][chunk] = relative_change(h, kept.pop(t - 2))
 
             # a puzzle that stops by itself has the state of this loop
-            if t == 1:
-                halted = torch.empty_like(h)
             if t <= last:
                 stops = ~converged[chunk] & ((residual < tol) | (t == last))
                 halted[stops] = h[stops]
@@ -909,8 +907,8 @@ def evaluate_and_halt(model, x, y, loops, progress=None, freeze_below=ROUNDING, 
         if progress is not None:
             progress(min(start + size, len(x)), len(x))
 
-    table = {t: {name: total[t][name] / len(x) for name in names} for t in loops}
-    return table, labels, used, converged
+    means = {t: {name: row.mean().item() for name, row in table[t].items()} for t in loops}
+    return means, labels, used, converged
 
 
 @torch.inference_mode()
