@@ -872,22 +872,24 @@ def phrases(raw):
     groups = find_groups(raw, ["grid/prefix_sums/none-*"])
     runs = [run for group in groups.values() for run in group]
     solved = sum(run.exact("hard") > 0 for run in runs)
-    said.append(f"{IN_WORDS[solved]} of {len(runs)} runs")
+    said.append(f"{IN_WORDS[solved]} of {len(runs)} runs (four norms, five seeds)")
     learnt = sum(max(row["exact"] for row in run.result["easy"].values()) > 0.5 for run in runs)
-    said.append(f"({IN_WORDS[learnt]} of them had learnt 32 bits)")
-    groups = find_groups(raw, ["grid/sudoku6/none-*"])
-    most = max(run.exact("hard") for runs in groups.values() for run in runs)
-    said.append(f"no run more than {most:.2f} of the hard 6x6 boards")
+    said.append(f"{IN_WORDS[learnt]} of them had learnt 32 bits")
     records = read_json(raw / "current/none/measured.json")
     limits = [record["distinct"] for record in records if record["recall"] == "none"]
     said.append(f"256 strings of 32 bits end in {min(limits)} to {max(limits)} limits")
-    last = [record["follow"][-1] for record in read_json(raw / "current/none/followed.json")]
-    kept = min(row["distinct"] for row in last)
-    said.append(f"followed for {last[0]['loops']:,} loops at least {kept} kept one of their own")
+
+    # 9x9 boards that are forgotten
+    groups = find_groups(raw, ["grid/sudoku9/*"])
+    for cell, phrase in (("none-outer", "{:.2f} of the hard ones solved after 64 loops, {:.2f}"),
+                         ("internal-pre", "hard 9x9 boards {:.2f} after 64 loops, {:.2f}")):
+        shares = [np.mean([run.result["hard"][t]["exact"] for run in groups[cell]])
+                  for t in ("64", "512")]
+        said.append(phrase.format(*shares) + " after 512")
 
     # internal against external recall on boards, paired by seed
     for pattern, first, second in (
-        ("wide/sudoku9/*", "internal-outer", "external-outer"),
+        ("grid/sudoku9/*", "internal-outer", "external-outer"),
         ("current/sudoku6/*", "internal", "external"),
         ("current/sudoku6-rest/*", "internal", "external"),
     ):
@@ -903,6 +905,18 @@ def phrases(raw):
         hits[cell] = "{} of {}".format(*hits_of(runs, "hard"))
     said.append(f"solves {hits['internal-pre']} with pre norm and {hits['internal-outer']} with "
                 f"outer norm; external recall {hits['external-pre']} and {hits['external-outer']}")
+
+    # the loss and the positions
+    groups = find_groups(raw, ["loss/sudoku6/*"])
+    solved = {cell: np.mean([run.exact("hard") for run in runs]) for cell, runs in groups.items()}
+    most = max(share for cell, share in solved.items() if "relative" in cell)
+    said.append(f"RoPE alone solves {most:.2f} of the hard boards at most")
+    external, internal = (solved[f"progressive-absolute-{recall}-outer"]
+                          for recall in ("external", "internal"))
+    said.append(f"it is {external:.2f} (external) and {internal:.2f} (internal)")
+    external, internal = (solved[f"carry-absolute-{recall}-outer"]
+                          for recall in ("external", "internal"))
+    said.append(f"in half the time, {external:.2f} and {internal:.2f}")
 
     # the rest term
     for pattern, phrase in (("current/prefix_sums/*", "{} of {} hard strings"),
@@ -933,13 +947,12 @@ def phrases(raw):
     said.append(f"{right:,} of {converged:,} 6x6 boards that converge within 2,048 loops")
     runs = find_groups(raw, ["current/bank/*"])["internal"]
     said.append(f"solves {runs[0].exact('hard'):.3f} in one pass, and "
-                f"{runs[0].halting('hard')[0]:.3f} in up to 10 tries")
+                f"{runs[0].halting('hard')[0]:.3f} in up to ten tries")
+    runs = find_groups(raw, ["current/sudoku9-long/*"])["internal"]
+    said.append(f"20,000 steps ({np.mean([run.exact('hard') for run in runs]):.3f})")
     runs = find_groups(raw, ["current/chess/*"])["chess"]
     right, converged = right_of_converged(runs, ["easy"])
     said.append(f"{converged - right} of {converged} easy mates are wrong")
-    runs = find_groups(raw, ["wide/sudoku9/external-outer-*"])["external-outer"]
-    right, converged = right_of_converged(runs, LEVELS)
-    said.append(f"converges on {converged:,} boards, and {right} are right")
     return said
 
 
