@@ -31,7 +31,7 @@ NOTEBOOKS = [ROOT / "README.md", RAW / "README.md"]
 LEVELS = ("easy", "hard")
 
 # two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 # the cells of the grid, in the order in which they are shown
@@ -456,7 +456,7 @@ def pair_by_seed(groups, first, second):
 
 def mean_difference(gaps):
     """-> mean and half of its 95 % interval (Student's t) of paired differences."""
-    t = STUDENT[len(gaps) - 2] if len(gaps) < 12 else 2.23
+    t = STUDENT[min(len(gaps) - 2, len(STUDENT) - 1)]
     return np.mean(gaps), t * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
 
 
@@ -872,17 +872,18 @@ def phrases(raw):
     groups = find_groups(raw, ["grid/prefix_sums/none-*"])
     runs = [run for group in groups.values() for run in group]
     solved = sum(run.exact("hard") > 0 for run in runs)
-    said.append(f"{IN_WORDS[solved]} of {len(runs)} runs (four norms, five seeds)")
+    said.append(f"Of {len(runs)} runs without it (four norms, five seeds)")
+    said.append(f"{IN_WORDS[solved]} solved a string of 256")
     learnt = sum(max(row["exact"] for row in run.result["easy"].values()) > 0.5 for run in runs)
-    said.append(f"{IN_WORDS[learnt]} of them had learnt 32 bits")
+    said.append(f"only {IN_WORDS[learnt]}, all with a gate, learnt 32 bits")
     records = read_json(raw / "current/none/measured.json")
     limits = [record["distinct"] for record in records if record["recall"] == "none"]
-    said.append(f"256 strings of 32 bits end in {min(limits)} to {max(limits)} limits")
+    said.append(f"{min(limits)} to {max(limits)} of 256 strings of 32 bits converge")
 
     # 9x9 boards that are forgotten
     groups = find_groups(raw, ["grid/sudoku9/*"])
-    for cell, phrase in (("none-outer", "{:.2f} of the hard ones solved after 64 loops, {:.2f}"),
-                         ("internal-pre", "hard 9x9 boards {:.2f} after 64 loops, {:.2f}")):
+    for cell, phrase in (("none-outer", "hard 9x9 boards {:.2f} are solved after 64 loops, {:.2f}"),
+                         ("internal-pre", "it forgets 9x9 boards: {:.2f} after 64 loops, {:.2f}")):
         shares = [np.mean([run.result["hard"][t]["exact"] for run in groups[cell]])
                   for t in ("64", "512")]
         said.append(phrase.format(*shares) + " after 512")
@@ -890,6 +891,7 @@ def phrases(raw):
     # internal against external recall on boards, paired by seed
     for pattern, first, second in (
         ("grid/sudoku9/*", "internal-outer", "external-outer"),
+        ("wide/sudoku9/*", "internal-outer", "external-outer"),
         ("current/sudoku6/*", "internal", "external"),
         ("current/sudoku6-rest/*", "internal", "external"),
     ):
@@ -903,38 +905,36 @@ def phrases(raw):
     hits = {}
     for cell, runs in groups.items():
         hits[cell] = "{} of {}".format(*hits_of(runs, "hard"))
-    said.append(f"solves {hits['internal-pre']} with pre norm and {hits['internal-outer']} with "
-                f"outer norm; external recall {hits['external-pre']} and {hits['external-outer']}")
+    said.append(f"solves {hits['internal-pre']} with pre norm (two seeds) and "
+                f"{hits['internal-outer']} with outer norm (three); external recall "
+                f"{hits['external-pre']} and {hits['external-outer']}")
 
     # the loss and the positions
     groups = find_groups(raw, ["loss/sudoku6/*"])
     solved = {cell: np.mean([run.exact("hard") for run in runs]) for cell, runs in groups.items()}
     most = max(share for cell, share in solved.items() if "relative" in cell)
-    said.append(f"RoPE alone solves {most:.2f} of the hard boards at most")
-    external, internal = (solved[f"progressive-absolute-{recall}-outer"]
-                          for recall in ("external", "internal"))
-    said.append(f"it is {external:.2f} (external) and {internal:.2f} (internal)")
-    external, internal = (solved[f"carry-absolute-{recall}-outer"]
-                          for recall in ("external", "internal"))
-    said.append(f"in half the time, {external:.2f} and {internal:.2f}")
+    said.append(f"{most:.2f} at most at width 64")
+    relative = [run for cell, runs in groups.items() for run in runs
+                if cell.startswith("carry-relative")]
+    right, converged = right_of_converged(relative, ["hard"])
+    said.append(f"with RoPE alone ({right} of {converged:,} hard ones)")
+    for loss, phrase in (("progressive", "gives {:.2f} (external) and {:.2f} (internal)"),
+                         ("carry", "`carry_loss` {:.2f} and {:.2f}")):
+        shares = [solved[f"{loss}-absolute-{recall}-outer"] for recall in ("external", "internal")]
+        said.append(phrase.format(*shares))
+    groups = find_groups(raw, ["wide/paper/sudoku6/*"])
+    low, high = sorted(runs[0].exact("hard") for runs in groups.values())
+    said.append(f"RoPE alone solves {low:.2f} and {high:.2f} at width 256")
 
     # the rest term
-    for pattern, phrase in (("current/prefix_sums/*", "{} of {} hard strings"),
-                            ("without-rest/prefix_sums-lr3e-3/*", "({} of {} without")):
-        runs, = find_groups(raw, [pattern]).values()
-        at_rest = halted(runs, ["hard"], "converged")
-        said.append(phrase.format(at_rest, halting_size(runs, "hard")))
     groups = find_groups(raw, ["rest/sudoku6/*"])
     rest = {weight: sum(halted(groups[f"{recall}-rest{weight}"], ["hard"], "converged")
                         for recall in ("internal", "external")) for weight in ("0", ".1")}
-    said.append(f"{rest['.1']} of 128 hard 6x6 boards ({rest['0']})")
+    said.append(f"{rest['.1']} of 128 hard 6x6 boards to rest ({rest['0']} without")
 
     # accuracy and the axes, and recall alone
     for task in ("prefix_sums", "sudoku6"):
         records = list(read_axes(raw, f"grid/axes-{task}.json").values())
-        some = [record for record in records if has_axis(record, "held_with_recall")]
-        now, low, high, _ = bootstrap(some, "held_with_recall")
-        said.append(f"{now:.2f} [{low:.2f}, {high:.2f}]")
         said += [f"{axis_correlation(records, key):.2f}" for key in ("held", "has_recall")]
 
     # 9x9 boards with ten tries, and chess
@@ -945,14 +945,9 @@ def phrases(raw):
     groups = find_groups(raw, ["current/to-2048/sudoku6/*"]).values()
     right, converged = np.sum([right_of_converged(runs, LEVELS) for runs in groups], axis=0)
     said.append(f"{right:,} of {converged:,} 6x6 boards that converge within 2,048 loops")
-    runs = find_groups(raw, ["current/bank/*"])["internal"]
-    said.append(f"solves {runs[0].exact('hard'):.3f} in one pass, and "
-                f"{runs[0].halting('hard')[0]:.3f} in up to ten tries")
-    runs = find_groups(raw, ["current/sudoku9-long/*"])["internal"]
-    said.append(f"20,000 steps ({np.mean([run.exact('hard') for run in runs]):.3f})")
     runs = find_groups(raw, ["current/chess/*"])["chess"]
     right, converged = right_of_converged(runs, ["easy"])
-    said.append(f"{converged - right} of {converged} easy mates are wrong")
+    said.append(f"Not in chess ({right} of {converged} easy ones)")
     return said
 
 
