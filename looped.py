@@ -216,7 +216,7 @@ class Config:
 BOARD = dict(n_train=20000, n_hard=256, width=64, loops=30, grad_loops=3, steps=8000,
              batch=64, optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25)
 DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=800,
+    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=1200,
                         batch=64, optimizer="adamw", lr=3e-3, eval_loops=500, damping=0.0),
     "sudoku": BOARD,
     "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
