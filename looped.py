@@ -30,8 +30,8 @@ norm?) and in carry_loss (how to train a loop without unrolling all of it). Nota
     N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
     W_h, W_e     the maps of recall: W_h acts on h, W_e on e (the authors' Wh and Wx)
 
-A loop is one call of step(); --steps counts those of the optimizer. What a puzzle is, data.Task
-knows: its loss (cross-entropy of the tokens), predict (logits -> labels), scored (which tokens are
+A loop is one call of step(); --steps counts those of the optimizer. data.Task says what a puzzle
+is: its loss (cross-entropy of the tokens), predict (logits -> labels), scored (which tokens are
 asked for), augment and rename (a random symmetry).
 
 Not in the paper: carry_loss(); retry(); a start token before strings (added by data.py), and an
@@ -887,7 +887,7 @@ def evaluate_and_halt(model, x, y, loops, progress=None, freeze_below=ROUNDING, 
                 halted = torch.empty_like(h)
             if t in table:
                 right = model.task.predict(model.readout(h)) == y[chunk]
-                table[t]["exact"][chunk] = right.all(-1).float()
+                table[t]["exact"][chunk] = right.all(-1)
                 table[t]["token"][chunk] = (right & scored).sum(-1) / scored.sum(-1).clamp(min=1)
                 table[t]["norm_ratio"][chunk] = h.norm(dim=(1, 2)) / first_norm
                 kept[t] = h.clone()
@@ -916,7 +916,6 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
     """Adaptive halting: each puzzle loops until none of its tokens moves more than tol.
 
     x [N, L] int64
-
     -> logits [N, L, classes], loops used [N], converged [N] (False: max_loops was not enough).
     """
     parts = []

@@ -155,20 +155,11 @@ def halted(runs, levels, share):
     return round(sum(record[share] * record["n"] for record in found))
 
 
-def halting_size(runs, level):
-    """-> of how many puzzles of all seeds "halting" in eval.json is."""
-    return sum(run.result["halting"][level]["n"] for run in runs)
-
-
-def with_interval(hits, n):
-    """-> "659 of 768 [0.830, 0.882]"."""
+def pooled(runs, level):
+    """All puzzles of all seeds, with the interval of their share: 659 of 768 [0.830, 0.882]."""
+    hits, n = hits_of(runs, level)
     low, high = wilson(hits, n)
     return f"{hits:,} of {n:,} [{low:.3f}, {high:.3f}]"
-
-
-def pooled(runs, level):
-    """All puzzles of all seeds, with the interval of their share."""
-    return with_interval(*hits_of(runs, level))
 
 
 def sizes(runs, level):
@@ -245,12 +236,14 @@ def front_table(raw, *patterns):
     Easy puzzles are scored at the largest loop count; hard ones at the loops of training, at the
     largest loop count, and with as many tries as the run had.
     """
+    groups = find_groups(raw, patterns)
+    most = max(run.result["config"].get("tries", 1) for runs in groups.values() for run in runs)
     head = [
         "task, seeds", "trained on", "solved", "tested on", "solved as in training",
-        "solved by looping on", "in up to ten tries", "minutes",
+        "solved by looping on", f"in up to {most} tries", "minutes",
     ]
     rows = []
-    for runs in find_groups(raw, patterns).values():
+    for runs in groups.values():
         config = runs[0].result["config"]
         key = task_key(config)
         if key == "chess" and config["files"]:
@@ -346,7 +339,7 @@ def halting_table(raw, *patterns):
     for name, runs in find_groups(raw, patterns).items():
         row = [name, len(runs)]
         for level in LEVELS:
-            n = halting_size(runs, level)
+            n = sum(run.result["halting"][level]["n"] for run in runs)
             row += [
                 f"{halted(runs, [level], 'converged'):,} of {n:,}",
                 f"{halted(runs, [level], 'converged_and_right'):,}",
@@ -872,10 +865,13 @@ def phrases(raw):
     groups = find_groups(raw, ["grid/prefix_sums/none-*"])
     runs = [run for group in groups.values() for run in group]
     solved = sum(run.exact("hard") > 0 for run in runs)
-    said.append(f"Of {len(runs)} runs without it (four norms, five seeds)")
+    said.append(f"Of {len(runs)} runs without it ({IN_WORDS[len(groups)]} norms, "
+                f"{IN_WORDS[len(runs) // len(groups)]} seeds)")
     said.append(f"{IN_WORDS[solved]} solved a string of 256")
-    learnt = sum(max(row["exact"] for row in run.result["easy"].values()) > 0.5 for run in runs)
-    said.append(f"only {IN_WORDS[learnt]}, all with a gate, learnt 32 bits")
+    learnt = [run.result["config"]["norm"] for run in runs
+              if max(row["exact"] for row in run.result["easy"].values()) > 0.5]
+    kinds = "all with a gate" if set(learnt) == {"gru"} else f"with {sorted(set(learnt))}"
+    said.append(f"only {IN_WORDS[len(learnt)]}, {kinds}, learnt 32 bits")
     records = read_json(raw / "current/none/measured.json")
     limits = [record["distinct"] for record in records if record["recall"] == "none"]
     said.append(f"{min(limits)} to {max(limits)} of 256 strings of 32 bits converge")
@@ -903,16 +899,18 @@ def phrases(raw):
     # the paper's own protocol
     groups = find_groups(raw, ["wide/paper/prefix_sums/*"])
     hits = {}
+    seeds = {}
     for cell, runs in groups.items():
         hits[cell] = "{} of {}".format(*hits_of(runs, "hard"))
-    said.append(f"solves {hits['internal-pre']} with pre norm (two seeds) and "
-                f"{hits['internal-outer']} with outer norm (three); external recall "
-                f"{hits['external-pre']} and {hits['external-outer']}")
+        seeds[cell] = IN_WORDS[len(runs)]
+    said.append(f"solves {hits['internal-pre']} with pre norm ({seeds['internal-pre']} seeds) and "
+                f"{hits['internal-outer']} with outer norm ({seeds['internal-outer']}); external "
+                f"recall {hits['external-pre']} and {hits['external-outer']}")
 
     # the loss and the positions
     groups = find_groups(raw, ["loss/sudoku6/*"])
-    solved = {cell: np.mean([run.exact("hard") for run in runs]) for cell, runs in groups.items()}
-    most = max(share for cell, share in solved.items() if "relative" in cell)
+    shares = {cell: np.mean([run.exact("hard") for run in runs]) for cell, runs in groups.items()}
+    most = max(share for cell, share in shares.items() if "relative" in cell)
     said.append(f"{most:.2f} at most at width 64")
     relative = [run for cell, runs in groups.items() for run in runs
                 if cell.startswith("carry-relative")]
@@ -920,8 +918,8 @@ def phrases(raw):
     said.append(f"with RoPE alone ({right} of {converged:,} hard ones)")
     for loss, phrase in (("progressive", "gives {:.2f} (external) and {:.2f} (internal)"),
                          ("carry", "`carry_loss` {:.2f} and {:.2f}")):
-        shares = [solved[f"{loss}-absolute-{recall}-outer"] for recall in ("external", "internal")]
-        said.append(phrase.format(*shares))
+        pair = [shares[f"{loss}-absolute-{recall}-outer"] for recall in ("external", "internal")]
+        said.append(phrase.format(*pair))
     groups = find_groups(raw, ["wide/paper/sudoku6/*"])
     low, high = sorted(runs[0].exact("hard") for runs in groups.values())
     said.append(f"RoPE alone solves {low:.2f} and {high:.2f} at width 256")
