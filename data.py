@@ -43,7 +43,14 @@ import numpy as np
 
 
 class DataError(ValueError):
-    """Bad data or an impossible request: the message is one line that says what to do."""
+    """Bad data or an impossible request: the message is one line that says what to do.
+
+    exit_code: 2 for a request that cannot be met, 1 for work that failed, 130 for work stopped.
+    """
+
+    def __init__(self, message, exit_code=2):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass
@@ -69,7 +76,7 @@ class Task:
     """A task is a frozen dataclass: its fields are its options, all else is declared here.
 
     What has no value here is a task's own, and so are chunk, draw, read and, if there are
-    `columns`, convert. A class that lacks one of them is refused when it is defined, by name.
+    `columns`, convert.
 
     looped.py sets those options that its Config has, too: for a new one add a field there, for one
     that is there name the task in its `tasks=`; a recipe of the task's own is a line in DEFAULTS.
@@ -95,15 +102,6 @@ class Task:
 
     # chunks that take long are made on all cores and kept in the cache
     slow = False
-
-    def __init_subclass__(cls):
-        needed = [*Task.__annotations__, "chunk", "draw", "read"]
-        if cls.columns:
-            needed.append("convert")
-
-        missing = [n for n in needed if getattr(cls, n, None) is getattr(Task, n, None)]
-        if missing:
-            raise TypeError(f"task {cls.__name__} lacks {', '.join(missing)}: see data.Task")
 
     # ---- making and reading puzzles: a task's own
 
@@ -701,34 +699,21 @@ class Sudoku(Task):
 
 def checks(board):
     """Yield some legal moves, among them every one that gives check (except castling)."""
-    us = board.turn
-    king = board.king(not us)
+    king = board.king(not board.turn)
     occupied = board.occupied
 
-    # the squares from which each kind of piece would see the king
-    diagonal = chess.BB_DIAG_ATTACKS[king][chess.BB_DIAG_MASKS[king] & occupied]
-    rank = chess.BB_RANK_ATTACKS[king][chess.BB_RANK_MASKS[king] & occupied]
-    file = chess.BB_FILE_ATTACKS[king][chess.BB_FILE_MASKS[king] & occupied]
-    straight = rank | file
-
-    # a pawn also changes its piece on the last rank, or takes another one away en passant
-    pawn = chess.BB_PAWN_ATTACKS[not us][king] | chess.BB_BACKRANKS
-    if board.ep_square:
-        pawn |= chess.BB_SQUARES[board.ep_square]
-    reach = {
-        chess.PAWN: pawn,
-        chess.KNIGHT: chess.BB_KNIGHT_ATTACKS[king],
-        chess.BISHOP: diagonal,
-        chess.ROOK: straight,
-        chess.QUEEN: diagonal | straight,
-        chess.KING: 0,
-    }
+    # the squares from which the king is seen along a line, and as a knight sees
+    lines = (chess.BB_DIAG_ATTACKS[king][chess.BB_DIAG_MASKS[king] & occupied]
+             | chess.BB_RANK_ATTACKS[king][chess.BB_RANK_MASKS[king] & occupied]
+             | chess.BB_FILE_ATTACKS[king][chess.BB_FILE_MASKS[king] & occupied])
+    near = lines | chess.BB_KNIGHT_ATTACKS[king]
 
     for move in board.generate_pseudo_legal_moves():
-        # the piece checks from its new square, or it may uncover a check by leaving its line
-        direct = chess.BB_SQUARES[move.to_square] & reach[board.piece_type_at(move.from_square)]
-        uncovers = chess.BB_SQUARES[move.from_square] & (diagonal | straight)
-        if (direct or uncovers) and board.is_legal(move):
+        # a piece checks from a square near the king, or uncovers a check by leaving a line
+        arrives = chess.BB_SQUARES[move.to_square] & near
+        uncovers = chess.BB_SQUARES[move.from_square] & lines
+        en_passant = move.to_square == board.ep_square      # which takes a pawn away elsewhere
+        if (arrives or uncovers or en_passant) and board.is_legal(move):
             yield move
 
 
@@ -1065,17 +1050,6 @@ def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cac
     return make(task, seed, need, Path(cache))
 
 
-def first(task, seed, level="hard", cache="out/cache"):
-    """-> x, y [L] of one puzzle, the first of a seed's tests: the work of a single chunk.
-
-    By the rule of `home` no training set holds it, whatever its seed: a hard puzzle is never
-    trained on, and an easy one of this split is not either.
-    """
-    need = {"n_test": int(level == "easy"), "n_hard": int(level == "hard")}
-    puzzles = splits(task, seed, 0, 0, **need, cache=cache)[level]
-    return puzzles.x[0], puzzles.y[0]
-
-
 def levels(task, path=None):
     """-> {"easy": phrase, "hard": phrase}, what they mean; for files that depends on the file."""
     if path is None:
@@ -1113,15 +1087,8 @@ def make(task, seed, need, cache):
 # --------------------------------------------------------------------------------------------------
 # cache and processes
 
-def code(task):
-    """A checksum of the source that makes a task's puzzles: this file, and the task's own.
-
-    The names of cache files carry it, so that no puzzle of other code is ever served.
-    """
-    module = sys.modules[type(task).__module__]
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(Path(getattr(module, "__file__", __file__)).read_bytes())
-    return digest.hexdigest()[:12]
+# the names of cache files carry a checksum of this file, so that no puzzle of other code is served
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
 def chunks(task, seed, cache):
@@ -1130,7 +1097,7 @@ def chunks(task, seed, cache):
         yield from map(partial(task.chunk, seed), itertools.count())        # never ends
 
     options = "".join(f"-{name}_{value}" for name, value in asdict(task).items())
-    folder = cache / f"{task.name}{options}-seed_{seed}-{code(task)}"
+    folder = cache / f"{task.name}{options}-seed_{seed}-{CODE}"
     job = partial(cached_chunk, task, seed, folder)
 
     # the first and all that are cached are made or read here, only the rest is worth processes
@@ -1374,7 +1341,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """-> the parser, the arguments, and the task with its options."""
+    """-> the task with its options, and the other arguments."""
     parser = Parser("data.py", description="print puzzles of a task", allow_abbrev=False)
     parser.add_argument("--task", choices=TASKS, default="prefix_sums")
     parser.add_argument("--level", choices=("easy", "hard"), default="easy")
@@ -1392,18 +1359,44 @@ def parse(argv):
     args = parser.parse_args(argv)
     options = {f.name: getattr(args, f.name) for f in fields(task)}
     try:
-        return parser, args, replace(task, **options)
+        return replace(task, **options), args
     except DataError as error:
         parser.error(str(error))
 
 
-def discard_output():
-    """The reader of our output has gone, as in `| head`: the flush at exit must not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def run(program, work):
+    """work() -> exit code. What cannot be done is one line on stderr, without a traceback.
+
+    An error that is nobody's mistake keeps its traceback.
+    """
+    # a cluster's stop is treated like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = work()
+        sys.stdout.flush()
+        return code
+    except DataError as error:
+        code = error.exit_code
+        message = str(error)
+    except KeyboardInterrupt:
+        code = 130
+        message = "stopped"
+    except BrokenPipeError:
+        # our reader has gone, as in `| head`: the flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        code = 2
+        message = f"{error.filename or 'writing'}: {error.strerror}; choose another place"
+    print(f"{program}: {message}", file=sys.stderr)
+    return code
 
 
 def print_puzzles(task, args):
-    """Print n puzzles of a level: as looped.py --puzzle takes them, as a picture, and solved."""
+    """Print n puzzles of a level: as looped.py --puzzle takes them, as a picture, and solved.
+
+    -> exit code.
+    """
     if args.n < 0:
         raise DataError(f"--n {args.n}: must be at least 0")
     n_train = args.n if args.level == "easy" else 0
@@ -1413,21 +1406,14 @@ def print_puzzles(task, args):
     for p in puzzles:
         print(task.text(p.x), task.show(p.x), task.show(p.x, p.y), sep="\n\n")
         print(f"rating {p.rating}\n")
-    sys.stdout.flush()
+    return 0
 
 
 def main(argv=None):
-    parser, args, task = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        print_puzzles(task, args)
-    except DataError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "data.py: interrupted\n")
-    except BrokenPipeError:
-        discard_output()
+    """The command line -> exit code."""
+    task, args = parse(argv)
+    return run("data.py", partial(print_puzzles, task, args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,13 +22,12 @@ After the abstract and the public code of "Stability and Generalization in Loope
 The whole idea is in LoopedTransformer.step (where does the input come in again, and where is the
 norm?) and in carry_loss (how to train a loop without unrolling all of it). Notation:
 
-    x [B, L]     token ids           B  puzzles in a batch
-    y [B, L]     labels              L  tokens of a puzzle
-    e [B, L, D]  embedded input      D  width
-    h [B, L, D]  state               H  attention heads
-    r [B, L, D]  W_e e: what recall adds in every loop
+    x, y [B, L]  token ids and labels of B puzzles of L tokens
+    e [B, L, D]  embedded input, D channels wide
+    h [B, L, D]  state; h_0 = e
+    r [B, L, D]  W_e e, what recall adds in every loop; its other map W_h acts on the state
     N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
-    W_h, W_e     the maps of recall: W_h acts on h, W_e on e (the authors' Wh and Wx)
+    F(u)         a sub-layer, attention or MLP (in the code F is torch.nn.functional)
 
 A loop is one call of step(); --steps counts those of the optimizer. data.Task says what a puzzle
 is: its loss (cross-entropy of the tokens), predict (logits -> labels), scored (which tokens are
@@ -47,7 +46,6 @@ import os
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -70,14 +68,7 @@ if not hasattr(data, "TASKS"):
 
 
 class LoopedError(data.DataError):
-    """One line that says what is wrong and what to do.
-
-    exit_code: 2 for a request that cannot be met, 1 for work that failed, 130 for work stopped.
-    """
-
-    def __init__(self, message, exit_code=2):
-        super().__init__(message)
-        self.exit_code = exit_code
+    """One line that says what is wrong and what to do, and an exit_code."""
 
 
 def option(default, help, choices=(), low=None, group=None, tasks=()):
@@ -112,29 +103,30 @@ class Config:
     # model
     width: int = option(None, "D, channels of the state", group="model")
     heads: int = option(4, "attention heads")
-    window: int = option(None, "tokens that a token attends to, in reading order; 0: all", low=0)
-    positions: str = option("absolute", "RoPE, and for absolute a start token or embedded cells",
-                            ("absolute", "relative"))
+    window: int = option(None, "a token attends to so many tokens around it; 0: to all", low=0)
+    positions: str = option("absolute", "RoPE; absolute adds a start token (strings) or an "
+                            "embedding for each cell (boards)", ("absolute", "relative"))
     blocks: int = option(1, "untied blocks in a loop")
     recall: str = option("internal", "where the input is re-injected",
                          ("none", "external", "internal"))
     inject: str = option("linear", "how: W_h h + W_e e, or h + e", ("linear", "add"))
     norm: str = option("outer", "where the norm stands",
                        ("pre", "peri", "outer", "sandwich", "gru"))
-    recall_gain: float = option(1.0, "scales W_e at the start (linear only)")
-    embed_rms: float = option(0.65, "rms of the token embedding at the start")
+    embed_rms: float = option(0.65, "rms of the token embedding at the start: strength of recall")
 
     # training
     train: str = option("carry", "truncated backprop with carried states, or the paper's loss",
                         ("carry", "progressive"), group="training")
     loops: int = option(None, "loops of a puzzle in training (and in validation)")
     grad_loops: int = option(None, "carry: loops in a step, all with gradient")
-    rest: float = option(0.1, "carry: weight of the last loop's motion in the loss", low=0)
+    rest: float = option(0.1, "carry: weight in the loss of how far the last loop moves the state",
+                         low=0)
     steps: int = option(None, "optimizer steps")
     batch: int = option(None, "puzzles in a step")
     optimizer: str = option(None, "AdamW, or Muon for hidden matrices and AdamW for the rest",
                             ("adamw", "muon"))
     lr: float = option(None, "learning rate after the warm-up")
+    beta2: float = option(None, "AdamW's average of squared gradients: the share that is kept")
     decay: str = option("linear", "linear to 0, or slow warm-up and x0.1 after 60 % of the steps",
                         ("linear", "step"))
     warmup: int = option(50, "steps of warm-up", low=0)
@@ -144,9 +136,9 @@ class Config:
     # evaluation
     eval_loops: int = option(None, "largest loop count of the table", group="evaluation")
     eval_every: int = option(100, "steps from one validation to the next")
-    tol: float = option(1e-3, "converged: the state moves less than this")
+    tol: float = option(1e-3, "converged: no token moves by more than this share of its size")
     damping: float = option(None, "d in --tries and --watch: h <- (1 - d) step(h) + d h", low=0)
-    tries: int = option(1, "boards: try again in another form until it converges")
+    tries: int = option(1, "boards: how often to try a symmetric form, until one converges")
     watch: bool = option(False, "with --resume: show how one puzzle is solved")
     puzzle: str = option(None, "the puzzle to watch: bits, a board with . for blanks, a FEN")
 
@@ -173,7 +165,8 @@ class Config:
         if self.window is None:
             self.window = task.window
 
-        # RoPE turns channels in pairs, and each axis of the grid gets as many pairs of a head
+        # RoPE turns the channels of a head in pairs, and each axis of the grid (strings have one,
+        # boards two) gets the same number of pairs
         unit = 2 * len(grid)
         if self.width % (self.heads * unit) != 0:
             raise LoopedError(f"--width {self.width}: must be a multiple of --heads times {unit}, "
@@ -182,8 +175,10 @@ class Config:
             raise LoopedError(f"--window {self.window}: must be odd, or 0 for all tokens")
         if self.window > math.prod(grid):
             raise LoopedError(f"--window {self.window}: a puzzle has {math.prod(grid)} tokens")
-        if self.damping >= 1:
-            raise LoopedError(f"--damping {self.damping}: must be below 1")
+        for name in ("damping", "beta2"):
+            if getattr(self, name) >= 1:
+                raise LoopedError(f"--{name} {getattr(self, name)}: must be below 1")
+        # a puzzle with fewer loops than that is trained whole, in one optimizer step
         self.grad_loops = min(self.grad_loops, self.loops)
 
     def check(self, field):
@@ -212,12 +207,14 @@ class Config:
 # -----------------------------------------------------------------------------
 # defaults of the tasks, and the authors' protocol
 
-# a task without a line of its own has these
+# sudoku, and any task without a line of its own; there carry_loss gives a puzzle its 30 loops in
+# 30 / 3 = 10 optimizer steps
 BOARD = dict(n_train=20000, n_hard=256, width=64, loops=30, grad_loops=3, steps=8000,
-             batch=64, optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25)
+             batch=64, optimizer="muon", lr=4e-3, beta2=0.999, eval_loops=512, damping=0.25)
 DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=1200,
-                        batch=64, optimizer="adamw", lr=3e-3, eval_loops=500, damping=0.0),
+    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=800,
+                        batch=64, optimizer="adamw", lr=3e-3, beta2=0.99, eval_loops=500,
+                        damping=0.0),
     "sudoku": BOARD,
     "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
                           eval_loops=64),
@@ -228,7 +225,8 @@ SIDE_DEFAULTS = {
 }
 
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",
-             lr=3e-4, decay="step", warmup=160, steps=1600, eval_loops=500, positions="relative")
+             lr=3e-4, beta2=0.999, decay="step", warmup=160, steps=1600, eval_loops=500,
+             positions="relative")
 PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
 PAPER_PRESET = {
     "prefix_sums": PAPER,
@@ -295,9 +293,8 @@ class Attention(nn.Module):
         H = self.heads
         # boards have one size, but strings may be longer than those in training
         grid = self.grid if len(self.grid) > 1 else (L,)
-        tables = constant_tables(grid, self.window, H, D // H, self.rope_base, u.device,
-                                 self.q_norm.weight.dtype)
-        cos, sin = tables[:2]
+        cos, sin, *band = constant_tables(grid, self.window, H, D // H, self.rope_base, u.device,
+                                          self.q_norm.weight.dtype)
 
         q, k, v = self.qkv(u).view(B, L, 3, H, D // H).unbind(2)        # each (B, L, H, D/H)
         q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
@@ -307,7 +304,7 @@ class Attention(nn.Module):
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H, L, D/H)
             o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         else:
-            o = windowed_attention(q, k, v, *tables[2:])
+            o = windowed_attention(q, k, v, *band)          # queries, keys, mask
         return self.out(o.reshape(B, L, D))
 
 
@@ -330,7 +327,8 @@ class Block(nn.Module):
             nn.init.orthogonal_(self.gru.weight_hh)
             for bias in (self.gru.bias_ih, self.gru.bias_hh):
                 nn.init.zeros_(bias)
-                nn.init.ones_(bias[D:2 * D])        # the update gate starts out keeping most of h
+                # the update gate starts at sigmoid(1 + 1) = 0.88, so that most of h is kept
+                nn.init.ones_(bias[D:2 * D])
 
 
 # -----------------------------------------------------------------------------
@@ -371,8 +369,6 @@ class LoopedTransformer(nn.Module):
         # the size of e relative to h sets the strength of recall, so it is set here
         with torch.no_grad():
             self.tok_emb.weight *= cfg.embed_rms / self.tok_emb.weight.square().mean().sqrt()
-            if cfg.recall != "none" and cfg.inject == "linear":
-                self.W_e.weight *= cfg.recall_gain
 
     def embed(self, x):
         """x [B, L] int -> e [B, L, D]."""
@@ -391,8 +387,8 @@ class LoopedTransformer(nn.Module):
         """One turn of the loop: h [B, L, D], r from recall() -> h [B, L, D].
 
         Both choices of the paper are made here: where does the input come in again, and where is
-        the norm? F is a sub-layer, attention first and then the MLP. (Under autocast to
-        bf16 the state stays in fp32: hence the two .to(h.dtype).)
+        the norm? Under autocast to bf16 the state stays in fp32: a sum with h does so by itself,
+        but for the two others that have a .to(h.dtype).
         """
         recall = self.cfg.recall
         norm = self.cfg.norm
@@ -424,7 +420,8 @@ class LoopedTransformer(nn.Module):
                     h = block.norm_out(h + f)           # h <- N(h + F(u))
                 elif norm == "gru":
                     f = block.norm_out(f)               # h <- GRU(N(F(u)), h)
-                    h = block.gru(f.flatten(0, 1), h.flatten(0, 1)).view_as(h).to(h.dtype)
+                    new = block.gru(f.flatten(0, 1), h.flatten(0, 1))       # a token is a row
+                    h = new.view_as(h).to(h.dtype)
                 else:
                     raise ValueError(f"norm {norm!r} has no branch in LoopedTransformer.step")
         return h
@@ -436,7 +433,7 @@ class LoopedTransformer(nn.Module):
     def forward(self, x, loops, h=None, restart=None):
         """Loop on from the states h [B, L, D], or from h_0 = e where there are none.
 
-        x [B, L], restart [B] bool: puzzles that restart from e and ignore h
+        x [B, L], loops >= 1, restart [B] bool: puzzles that restart from e and ignore h
         -> logits [B, L, classes] and h [B, L, D], both after `loops` loops, and old [B, L, D],
         which is h one loop before.
         """
@@ -457,9 +454,11 @@ class LoopedTransformer(nn.Module):
 
 
 def window_table(L, window):
-    """Windowed attention at a cost linear in L: a chunk of C queries shares K keys.
+    """Which keys each query is multiplied with, so that windowed attention costs O(L), not O(L^2).
 
-    K = C + window - 1, or L if that is less.
+    Queries are cut into n chunks of C. A chunk is multiplied with the K keys that some query of it
+    sees, and a mask hides the rest. With L = 64 and window = 5: C = 32, K = 36; the second chunk
+    has the queries 32 to 63 and the keys from 30 on, of which query 40 sees 38 to 42.
     -> queries [n, C] and keys [n, K], which are indices of tokens, and mask [n, C, K], which is 0
     where a query sees a key and -inf elsewhere. At both ends windows shift inwards, so that every
     token sees `window` tokens.
@@ -467,16 +466,17 @@ def window_table(L, window):
     window = min(window, L)
     C = math.ceil(L / max(1, round(L / 32)))        # about 32, so that chunks are nearly even
     n = math.ceil(L / C)
+    K = min(C + window - 1, L)
 
     # the last chunk may be too long: it repeats the last token, and the caller drops the rest
     queries = torch.arange(n * C).clamp(max=L - 1).view(n, C)
     first = (queries - window // 2).clamp(0, L - window)    # the first token a query sees
-    keys = first[:, :1] + torch.arange(min(C + window - 1, L))
+    keys = first[:, :1] + torch.arange(K)
 
     first = first[:, :, None]
     seen = (keys[:, None, :] >= first) & (keys[:, None, :] < first + window)
     mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
-    return queries, keys.clamp(max=L - 1), mask
+    return queries, keys.clamp(max=L - 1), mask     # what lies beyond the end is masked anyway
 
 
 def windowed_attention(q, k, v, queries, keys, mask):
@@ -514,7 +514,7 @@ def cached_tables(grid, window, heads, head_dim, base, device, dtype):
 
 
 def constant_tables(*shape):
-    """cached_tables as a plain function, which run_training declares constant to torch.compile."""
+    """cached_tables as a plain function: run_training tells torch.compile that it is constant."""
     return cached_tables(*shape)
 
 
@@ -531,10 +531,10 @@ def carry_loss(model, task, cfg, batch, carry):
     takes its place.
 
     This is allowed because what counts is the fixed point. Near one that attracts, where the
-    spectral radius of dh_{t+1}/dh_t is below 1, the state forgets its path, so that a state of
+    largest |eigenvalue| of dh_{t+1}/dh_t is below 1, the state forgets its path, so that a state of
     slightly older weights is as good a start as a new one; and the gradient terms that are cut off
-    shrink geometrically, the faster the smaller that radius is. (Without recall the answer has to
-    depend on the path, and the argument does not hold.)
+    shrink geometrically, the faster the smaller that eigenvalue is. (Without recall the answer has
+    to depend on the path, and the argument does not hold.)
 
     The task's loss alone does not make a state come to rest: it may go round for ever, between
     places that all give the right answer. So cfg.rest adds the motion of the last loop to the loss.
@@ -543,11 +543,12 @@ def carry_loss(model, task, cfg, batch, carry):
     puzzle has had, see start_carry} -> loss, new carry.
     """
     new_x, new_y = batch
-    over = carry["age"] >= cfg.loops
-    x = torch.where(over[:, None], new_x, carry["x"])
-    y = torch.where(over[:, None], new_y, carry["y"])
+    # puzzles that have had all their loops are replaced, and the new ones start from h_0 = e
+    done = carry["age"] >= cfg.loops
+    x = torch.where(done[:, None], new_x, carry["x"])
+    y = torch.where(done[:, None], new_y, carry["y"])
 
-    logits, h, old = model(x, cfg.grad_loops, carry["h"], restart=over)
+    logits, h, old = model(x, cfg.grad_loops, carry["h"], restart=done)
     loss = task.loss(logits, y)
 
     # the rest term punishes motion in the last loop: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens;
@@ -555,7 +556,7 @@ def carry_loss(model, task, cfg, batch, carry):
     motion = (h - old).square().sum(-1) / h.detach().square().sum(-1)
     loss = loss + cfg.rest * motion.mean()
 
-    age = carry["age"].masked_fill(over, 0) + cfg.grad_loops
+    age = carry["age"].masked_fill(done, 0) + cfg.grad_loops
     return loss, {"x": x, "y": y, "h": h.detach(), "age": age}
 
 
@@ -629,7 +630,7 @@ def configure_optimizers(model, cfg):
             {"params": matrices, "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
             {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
         ]
-        return [torch.optim.AdamW(groups, fused=not on_mps)]
+        return [torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=not on_mps)]
     elif cfg.optimizer == "muon":
         # Muon (Jordan et al., 2024) makes the update of a matrix orthogonal; that is meant for
         # maps from hidden to hidden channels, not for embeddings and the last layer
@@ -643,7 +644,7 @@ def configure_optimizers(model, cfg):
         ]
         muon = torch.optim.Muon([{"params": hidden, "lr_scale": 1.0}],
                                 weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-        return [torch.optim.AdamW(groups, fused=not on_mps), muon]
+        return [torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=not on_mps), muon]
     else:
         raise ValueError(f"optimizer {cfg.optimizer!r} has no branch in configure_optimizers")
 
@@ -1028,7 +1029,8 @@ def watch(cfg, model):
         text = cfg.puzzle
         x, y = task.parse(text)             # y is None if no single solution is known
     else:
-        x, y = data.first(task, cfg.seed)
+        hard = data.splits(task, cfg.seed, n_train=0, n_val=0, n_test=0, n_hard=1)["hard"]
+        x, y = hard.x[0], hard.y[0]
         text = task.text(x)
     print("+ right   x wrong   ~ changed since it was last shown   = unchanged, truth unknown")
 
@@ -1140,8 +1142,6 @@ def configure(given):
         raise LoopedError("--watch needs a trained model: --resume RUN")
     if cfg.puzzle is not None and not cfg.watch:
         raise LoopedError("--puzzle is for --watch: add that")
-    if "recall_gain" in given and (cfg.recall == "none" or cfg.inject != "linear"):
-        raise LoopedError("--recall_gain scales W_e: it needs a recall, and --inject linear")
     for name in ("rest", "grad_loops"):
         if name in given and cfg.train != "carry":
             raise LoopedError(f"--{name} is for --train carry: leave the option out")
@@ -1279,12 +1279,8 @@ def run_training(cfg, state):
         raise
 
     run = shlex.quote(str(out))
-    puzzle = shlex.quote(model.task.text(sets["easy"][0][0].cpu().numpy()))
-    if len(puzzle) > 38:
-        puzzle = "YOURS"
-    print(f"\nwatch it solve a puzzle, a new one or yours:\n"
+    print("\nwatch it solve a new puzzle, or yours with --puzzle:\n"
           f"  python looped.py --watch --resume {run}\n"
-          f"  python looped.py --watch --puzzle {puzzle} \\\n    --resume {run}\n"
           f"draw the curve:\n  python assets/results.py curve {run}")
 
 
@@ -1315,15 +1311,10 @@ def save_evaluation(cfg, state, model, sets, out):
           f"saved in\n{out}")
 
 
-def main(argv=None):
-    """The command line -> exit code: 0, 1 for failed work, 2 for a bad request, 130 if stopped."""
-    # a cluster's stop is treated like Ctrl-C
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")    # for terminals that cannot show everything
-    given = {}
+def execute(argv):
+    """Do what a command line asks for -> exit code 0. Raises LoopedError."""
+    given = parse(argv)
     try:
-        given = parse(argv)
         cfg, state, model = configure(given)
         if cfg.watch:
             watch(cfg, model)
@@ -1331,32 +1322,23 @@ def main(argv=None):
             run_evaluation(cfg, state, model)
         else:
             run_training(cfg, state)
-        sys.stdout.flush()
-        return 0
-    except data.DataError as error:
-        code = getattr(error, "exit_code", 2)
-        message = str(error)
-    except KeyboardInterrupt:
-        code = 130
-        message = "stopped"
-    except BrokenPipeError:
-        data.discard_output()
-        return 1
-    except OSError as error:
-        code = 2
-        message = f"{error.filename or 'writing'}: {error.strerror}; choose another --out"
     except (MemoryError, RuntimeError) as error:
         # a CPU that is out of memory raises a plain RuntimeError; others keep their traceback
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             if "allocate" not in str(error):
                 raise
-        code = 1
         costly = [name for name in ("batch", "width", "n_train", "hard_bits") if name in given]
         large = ", ".join(f"--{name} {given[name]}" for name in costly)
-        message = (f"out of memory: lower {large or '--batch or --width'} (and choose another "
-                   "--out, if the run had begun)")
-    print(f"looped.py: {message}", file=sys.stderr)
-    return code
+        raise LoopedError(f"out of memory: lower {large or '--batch or --width'} (and choose "
+                          "another --out, if the run had begun)", exit_code=1) from None
+    return 0
+
+
+def main(argv=None):
+    """The command line -> exit code: 0, 1 for failed work, 2 for a bad request, 130 if stopped."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")    # for terminals that cannot show everything
+    return data.run("looped.py", functools.partial(execute, argv))
 
 
 if __name__ == "__main__":

@@ -5,17 +5,18 @@ depend on the input e (input-dependence), are they smooth in e and safe to backp
 (geometry). After the abstract of "Stability and Generalization in Looped Transformers", arXiv
 2604.15259. One function per claim; its docstring says what is claimed, why it holds, and whether it
 is the paper's (abstract) or derived here. A control row is the same measure on a loop where it has
-to come out the other way.
+to come out the other way. (There is no I4 and no G4: numbers of dropped claims are not used again.)
 
     python theory.py                            # one table; exit code 1 if a claim fails
     python theory.py --only R5,G5 --seed 7      # --quick: small sizes, under a minute for all
     python theory.py --ckpt out/RUN             # the same measurements on a trained model
-    python theory.py --runs axes.json           # two claims about many trained runs
 
 letters   h or s state   e embedded input   L tokens   D width   K loops   l a loss
           A or W_h acts on the state, w or W_e e is the recall; a gain multiplies W_e
           N(u) = sqrt(D) u / |u|, the outer norm     rho = spectral radius
           J = df/dh, and J* is J at the fixed point h*
+          v a random direction   mu an eigenvalue, or what N divides by
+          sigma_min the least singular value; sigma alone is said where it is used
 """
 import copy
 import functools
@@ -39,10 +40,7 @@ LARGE = 64          # width of the blocks otherwise
 TOKENS = 5          # a block is judged on this many random tokens
 STRONG = 8.0        # a recall gain at which outer-norm blocks converge (see the claim "axes")
 CONVERGED = 1e-9    # a state that moves less than this, relatively, has converged
-CLAIMS = {}         # id -> function(seed, quick, show, **variant) -> [Row]
-
-# The further arguments of a claim are for the tests: each puts something wrong in the place of an
-# ingredient, and then a row must fail.
+CLAIMS = {}         # id -> generator(seed, quick, **variant) of Rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,22 +81,15 @@ def control(what, value, **bounds):
 
 
 def claim(name, axis):
-    """Registers a generator of rows as the claim `name`."""
-    def register(rows):
-        @functools.wraps(rows)
-        def checked(seed=0, quick=False, show=None, **variant):
-            table = []
-            for row in rows(seed, quick, **variant):
-                row = row._replace(claim=name)
-                table.append(row)
-                if show is not None:
-                    show(row)
-            return table
+    """Registers rows(seed, quick, **variant), a generator of Rows, as the claim `name`.
 
-        checked.rows = rows             # the generator itself, for tests that stop early
-        checked.axis = axis
-        CLAIMS[name] = checked
-        return checked
+    A variant is for the tests only. It breaks one ingredient of the claim (say norm="pre" where the
+    claim is about outer norm), and then a row has to fail: so we know that the rows test it.
+    """
+    def register(rows):
+        rows.axis = axis
+        CLAIMS[name] = rows
+        return rows
     return register
 
 
@@ -114,21 +105,31 @@ def rng(seed):
     return draw
 
 
-def N(u, norm="outer"):
-    """The last axis of u at rms 1 under the outer norm; u itself under any other."""
-    if norm != "outer":
-        return u
+def N(u):
+    """The last axis of u at rms 1: the outer norm."""
     return u / u.square().mean(-1, keepdim=True).sqrt()
 
 
+def N_if(norm, u):
+    """N(u) under the outer norm; u as it is under any other: for controls."""
+    return N(u) if norm == "outer" else u
+
+
 def moved(new, old):
-    """|new - old| / max(1, |old|) over the last axis; inf where it is undefined."""
+    """|new - old| / max(1, |old|) over the last axis; inf where it is undefined.
+
+    Of whole states, where looped.py's residual looks at the token that moves most. The 1 lets a
+    state that shrinks to 0 converge.
+    """
     size = old.norm(dim=-1).clamp(min=1)
     return ((new - old).norm(dim=-1) / size).nan_to_num(nan=math.inf)
 
 
 def iterate(f, h, loops):
-    """h [..., n] <- f(h) until nothing moves or `loops` are spent; -> h, how far h still moves."""
+    """Apply f to states h [..., n] until nothing moves, at most `loops` times.
+
+    -> the last h, and the motion of each state in one more loop (see moved).
+    """
     for k in range(1, loops + 1):
         old = h
         h = f(h)
@@ -151,12 +152,18 @@ def distinct(points):
 
 
 def jacobian(f, s):
-    """J [B, n, n] at s [B, n] of a map of [B, n] whose rows do not see each other."""
+    """J [B, n, n] with J[b, i, j] = d f(s)[b, i] / d s[b, j], at states s [B, n].
+
+    Row b of f(s) has to depend on row b of s alone. Then the derivative of the sum over the batch
+    with respect to s[b] is the Jacobian of state b, so that one call gives all of them.
+    """
     if f(s).shape != s.shape:
-        raise ValueError(f"{len(s)} states for a map of other inputs: see Loop.on")
+        raise ValueError(f"{len(s)} states, but the loop holds another number of inputs: choose "
+                         "them with Loop.on")
     # the fused backward pass of attention cannot be batched
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jacrev(lambda t: f(t).sum(0))(s).transpose(0, 1).detach()
+        J = torch.func.jacrev(lambda t: f(t).sum(0))(s)         # [n, B, n]
+    return J.transpose(0, 1).detach()
 
 
 def radius(J):
@@ -171,10 +178,10 @@ def left_eigenvector(J):
 
 
 def slope(x, y):
-    """Least-squares slope of y over x, along the first axis."""
+    """Least squares along the first axis: sum (x - mean) y / sum (x - mean)^2."""
     x = torch.as_tensor(x, dtype=y.dtype)
     x = x - x.mean()
-    return torch.tensordot(x / x.square().sum(), y, 1)
+    return torch.tensordot(x, y, 1) / x.square().sum()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,14 +207,20 @@ class Loop:
 
 
 def untrained(seed, norm, recall, width, inputs=8, gain=1.0, rho=None):
-    """-> Loop with random weights on random tokens; gain scales W_e, rho is set for W_h."""
-    cfg = looped.Config(width=width, window=0, norm=norm, recall=recall, recall_gain=gain)
+    """-> Loop with random weights. Its inputs are Gaussian, of the size of embedded tokens.
+
+    gain multiplies W_e, the strength of recall; W_h is scaled to the spectral radius rho.
+    """
+    cfg = looped.Config(width=width, window=0, norm=norm, recall=recall)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = looped.LoopedTransformer(cfg).double().requires_grad_(False)
+    if recall != "none":
+        model.W_e.weight *= gain
     if rho is not None:
         model.W_h.weight *= rho / radius(model.W_h.weight)
-    return Loop(model, cfg.embed_rms * rng(seed + 10 ** 6)(inputs, TOKENS, width))
+    draw = rng(seed + 10 ** 6)          # another seed than that of the weights
+    return Loop(model, cfg.embed_rms * draw(inputs, TOKENS, width))
 
 
 def states(f, marks, start=None):
@@ -239,14 +252,11 @@ def sensitivity(f, marks, seed):
     return h, (up - down) / (2 * small), (seen_up - seen_down) / (2 * small)
 
 
-def push(f, h, v):
-    """J(h) v for h and v [B, n], by central differences: good to about 1e-10 |v|."""
-    small = 1e-5
-    return (f(h + small * v) - f(h - small * v)) / (2 * small)
+def tangent(f, loops, seed):
+    """Follow a small change of h_0 through the loop, for one input: v <- J(h_k) v, v random.
 
-
-def memory(f, loops, seed):
-    """-> h_k [loops, n] and log |dh_k/dh_0 v| [loops] with its direction [loops, n]; one input."""
+    -> h_k [loops, n], log |v| [loops] and v / |v| [loops, n] after each loop.
+    """
     h = f.start
     v = F.normalize(rng(seed)(*h.shape))
     size = torch.zeros(1, dtype=h.dtype)
@@ -255,7 +265,7 @@ def memory(f, loops, seed):
     directions = []
     small = 1e-5
     for _ in range(loops):
-        # J(h) v as in push(), and f(h): one batch is three times as fast as three calls
+        # J(h) v by central differences, and f(h): one batch is faster than three calls
         h, up, down = f(torch.cat((h, h + small * v, h - small * v))).chunk(3)
         v = (up - down) / (2 * small)
 
@@ -272,11 +282,15 @@ def flat(tensors):
     return torch.cat([t.flatten() for t in tensors if t is not None])
 
 
-def gradients(f, K, loss):
-    """l = loss(h_K [B, L, D]) -> |dl/dh_0|, dl/dW [all weights of the loop], h_K, dl/dh_K.
+class Gradients(NamedTuple):
+    start: torch.Tensor         # |dl/dh_0|
+    weights: torch.Tensor       # dl/dW, all weights of the loop in one vector
+    h: torch.Tensor             # h_K
+    last: torch.Tensor          # dl/dh_K
 
-    It leaves the model's weights without requires_grad.
-    """
+
+def gradients(f, K, loss):
+    """Gradients of l = loss(h_K [B, L, D]). Leaves the model's weights without requires_grad."""
     h0 = f.start.clone().requires_grad_()
     weights = list(f.model.requires_grad_(True).parameters())
     f = f.on(f.e)                       # recall, now with gradient
@@ -287,7 +301,7 @@ def gradients(f, K, loss):
     value = loss(per_token(h, f))
     dh, dh0, *dW = torch.autograd.grad(value, [h, h0, *weights], allow_unused=True)
     f.model.requires_grad_(False)
-    return dh0.norm(), flat(dW), h.detach(), dh
+    return Gradients(dh0.norm(), flat(dW), h.detach(), dh)
 
 
 def random_loss(f, seed, head=None):
@@ -304,26 +318,26 @@ def random_loss(f, seed, head=None):
 # --------------------------------------------------------------------------------------------------
 # reachability
 
+def scalar_step(recall, x, y, s, e=1.0):
+    """One turn of a loop of one number s, written as the block is: W_h = x, W_e = 1, F(u) = y u."""
+    if recall == "none":
+        return s + y * s
+    if recall == "external":
+        u = x * s + e
+        return u + y * u
+    if recall == "internal":
+        return s + y * (x * s + e)
+    raise ValueError(f"recall {recall}")
+
+
 def scalar_loop(recall, x, y):
-    """The toy with state weight x, input weight 1 and block F(u) = y u: a, b of s' = a s + b e."""
+    """The same turn, multiplied out: s' = a s + b e -> a, b."""
     if recall == "none":
         return 1 + y, 0 * y
     if recall == "external":
         return (1 + y) * x, 1 + y
     if recall == "internal":
         return 1 + x * y, y
-    raise ValueError(f"recall {recall}")
-
-
-def scalar_step(recall, x, y, s):
-    """One turn of that toy at e = 1, written as the loop is, not as a and b."""
-    if recall == "none":
-        return s + y * s
-    if recall == "external":
-        u = x * s + 1
-        return u + y * u
-    if recall == "internal":
-        return s + y * (x * s + 1)
     raise ValueError(f"recall {recall}")
 
 
@@ -363,15 +377,15 @@ def r1(seed, quick, judge=None):
 
 @claim("R2", "reachability")
 def r2(seed, quick, norms=("pre", "peri")):
-    """Pre/peri + external recall: rho(W_h) decides. Below 1 every orbit stays bounded, above 1 far
-    ones grow.
+    """Pre/peri + external recall: rho(W_h) decides. Below 1 no state grows without bound, above 1
+    those that start far out do.
 
-    Derived here: sub-layers read N(u), so block(u) - u is bounded by some C, h' = W_h h + O(C).
-    Below 1 orbits stay in a ball (convergent or not). Above 1 the part of h along the left
-    eigenvector w of the dominant eigenvalue obeys z' = lambda z + O(C), so from |z| > C / (rho - 1)
-    on it grows at the rate log rho(W_h), with an error of O(C / |z|) a loop. Within that ball
-    nothing is proved: from h_0 = e some orbits stay there at 1.05 (seen at seeds 5002 and 5003), so
-    "above 1 nothing is reached" would be too much to claim.
+    Derived here: sub-layers read N(u), so what the block adds is at most some C: h' = W_h h + O(C).
+    Below 1 every state therefore ends in a ball (at rest or not). Above 1 let z be the part of h
+    along the left eigenvector of the dominant eigenvalue lambda: z' = lambda z + O(C). From
+    |z| > C / (rho - 1) on it grows, at the rate log rho(W_h) with an error of O(C / |z|) a loop.
+    For smaller z nothing is proved: some states that start at h_0 = e stay bounded at rho = 1.05
+    (seen), so "above 1 nothing is reached" would be too much to claim.
     """
     width = SMALL if quick else LARGE
     K = 300                                     # 1.5^600 = 1e106: finite when squared
@@ -396,13 +410,13 @@ def r2(seed, quick, norms=("pre", "peri")):
         yield check(f"{norm}: rho(W_h) <= 0.95: largest |h| late / early", max(excess),
                     at_most=1.25)
 
-        # above 1, from far outside of the ball: C / |z| is below 1e-3 from the start and falls
+        # above 1, from far out: C / |z| is below 1e-3 from the start and falls
         off = []
         for rho in (1.05, 1.2, 1.5):
             f = untrained(seed, norm, "external", width, inputs=2, rho=rho)
-            w = left_eigenvector(f.model.W_h.weight)
-            h = per_token(states(f, (K, 2 * K), start=1e6 * f.start), f).to(w.dtype)
-            size = (h @ w).abs()
+            left = left_eigenvector(f.model.W_h.weight)
+            h = per_token(states(f, (K, 2 * K), start=1e6 * f.start), f).to(left.dtype)
+            size = (h @ left).abs()
             rate = (size[1] / size[0]).log() / K
             off.append((rate - math.log(rho)).abs().max())
         yield check(f"{norm}: rho(W_h) >= 1.05, far out: |growth - log rho(W_h)|", max(off),
@@ -462,12 +476,12 @@ def r3(seed, quick, norms=("pre", "peri")):
 
 
 @claim("R4", "reachability")
-def r4(seed, quick, recall=0.0):
+def r4(seed, quick, recall_scale=0.0):
     """Outer norm without recall is power iteration, s' = N(A s).
 
     Derived here: s = N(A s) means A s = mu s with mu > 0, so fixed points are eigenvectors of
-    positive eigenvalues, in two signs; for almost all A and s_0, s_k = N(A^k s_0) reaches one iff
-    the dominant eigenvalue is real and positive. The limit then holds one bit about the input.
+    positive eigenvalues, each in two signs; for almost all A and s_0, s_k = N(A^k s_0) reaches one
+    iff the dominant eigenvalue is real and positive. The limit then holds one bit about the input.
     """
     matrices = 30 if quick else 200
     inputs = 8
@@ -488,11 +502,15 @@ def r4(seed, quick, recall=0.0):
 
     # from each input to its limit, for all matrices at once
     def turn(s):
-        return N(s @ A.mT + recall * e)
-    s, step = iterate(turn, e, 2000)
-    decided = ((step < CONVERGED).all(1) == wins)[clear].double().mean()
-    s = s[clear & wins]
-    cosine = (s @ N(v)[clear & wins][..., None]).abs() / D
+        return N(s @ A.mT + recall_scale * e)
+    s, motion = iterate(turn, e, 2000)
+    arrived = (motion < CONVERGED).all(1)       # all inputs of a matrix
+    decided = (arrived == wins)[clear].double().mean()
+
+    # states and eigenvectors have rms 1, so |s| |v| = D
+    judged = clear & wins
+    s = s[judged]
+    cosine = (s @ N(v)[judged].unsqueeze(-1)).abs() / D
     yield check("share of A judged", clear.double().mean(), at_least=0.6)
     yield check("share of those where 'dominant eigenvalue > 0' decides", decided, equals=1)
     yield check("1 - |cos(limit, dominant eigenvector)|", (1 - cosine).max(), equals=0, within=1e-9)
@@ -506,7 +524,7 @@ def r4(seed, quick, recall=0.0):
 
 
 @claim("R5", "reachability")
-def r5(seed, quick, norm="outer", recall=1.0, radius_of_contraction=2):
+def r5(seed, quick, norm="outer", recall_scale=1.0, shift=0.0):
     """Outer norm + recall: reachability is set by recall strength, not by rho(A).
 
     Paper's abstract: recall + outer norm gives reachable, smooth fixed points. Derived here: let
@@ -524,10 +542,10 @@ def r5(seed, quick, norm="outer", recall=1.0, radius_of_contraction=2):
     w = N(draw(matrices, inputs, D))
     start, other = N(draw(2, matrices, inputs, D))
 
-    def loop(r, rho, norm=norm, recall=recall):
+    def loop(r, rho, norm=norm, recall_scale=recall_scale):
         B = A * (rho / radius(A))[:, None, None]
-        u = recall * r * w * torch.linalg.matrix_norm(B, 2)[:, None, None]
-        return lambda s: N(s @ B.mT + u, norm)
+        u = recall_scale * r * w * torch.linalg.matrix_norm(B, 2)[:, None, None]
+        return lambda s: N_if(norm, s @ B.mT + u)
 
     def share_reached(f):
         return (iterate(f, start, 300)[1] < CONVERGED).double().mean()
@@ -535,10 +553,10 @@ def r5(seed, quick, norm="outer", recall=1.0, radius_of_contraction=2):
     Q = torch.linalg.qr(A[0])[0]
 
     def orthogonal_loop(r, s):
-        return N(s @ Q.T + recall * r * w[0, :1], norm)
+        return N_if(norm, s @ Q.T + recall_scale * r * w[0, :1])
 
     for r in (2.01, 4):
-        bound = 1 / (r - radius_of_contraction + 1)
+        bound = 1 / (r - 1 - shift)             # shift: a wrong bound, for the tests
         shares = []
         quotients = []
         limits = []
@@ -565,20 +583,23 @@ def r5(seed, quick, norm="outer", recall=1.0, radius_of_contraction=2):
                     torch.linalg.matrix_norm(J, 2) / bound, equals=1, within=1e-9)
 
     yield control("r = 0.1, share reached", share_reached(loop(0.1, 3)), at_most=0.9)
-    yield control("no recall, share reached", share_reached(loop(4, 3, recall=0)), at_most=0.9)
+    yield control("no recall, share reached", share_reached(loop(4, 3, recall_scale=0)),
+                  at_most=0.9)
     yield control("r = 4, rho(A) = 3, no norm, share reached", share_reached(loop(4, 3, "pre")),
                   equals=0)
 
 
 @claim("R6", "reachability")
-def r6(seed, quick, norm="outer", recall=1.0):
+def r6(seed, quick, norm="outer", recall_scale=1.0):
     """Outer norm is no guarantee: s' = N(R s + beta e), R a rotation of all planes by theta.
 
-    Derived here: without recall each state moves by 2 sin(theta / 2) (a sphere is not convex, so
-    Brouwer is no help). A fixed point has (mu - R) s = beta e and |s| = |e|, hence
-    beta = |mu - e^(i theta)|, with roots mu > 0 iff beta >= sin(theta), if theta < pi / 2. J has
-    the eigenvalue cos(theta) / mu there and, if D > 2, e^(+-i theta) / mu: it attracts from beta =
-    sin(theta) on if D = 2, but only from mu = 1, that is beta = 2 sin(theta / 2), if D > 2.
+    Derived here. Without recall s' = R s turns every state by theta, which moves it by
+    2 sin(theta / 2): there is no fixed point (a sphere is not convex, so Brouwer is no help). With
+    it N divides by some mu > 0, so (mu - R) s = beta e, and |s| = |e| asks for
+    beta = |mu - e^(i theta)|. That has a root mu > 0 iff beta >= sin(theta), if theta < pi / 2.
+    Does it attract? There J has the eigenvalue cos(theta) / mu and, if D > 2, e^(+-i theta) / mu.
+    So for D = 2 it attracts as soon as it exists, for D > 2 only from mu = 1 on, which is
+    beta = 2 sin(theta / 2).
     """
     inputs = 16 if quick else 64
     theta = 0.8
@@ -590,14 +611,14 @@ def r6(seed, quick, norm="outer", recall=1.0):
         return torch.view_as_real(c * pairs).flatten(1)
 
     def loop(e, beta):
-        return lambda s: N(times(turn, s) + recall * beta * e, norm)
+        return lambda s: N_if(norm, times(turn, s) + recall_scale * beta * e)
 
     for D, edge in ((2, math.sin(theta)), (8, 2 * math.sin(theta / 2))):
         e, start = N(rng(seed)(2, inputs, D))
         for side, factor, share in (("below", 0.95, 0), ("above", 1.05, 1)):
-            _, step = iterate(loop(e, factor * edge), start, 4000)
+            _, motion = iterate(loop(e, factor * edge), start, 4000)
             yield check(f"D = {D}, beta 5 % {side} the threshold: share reached",
-                        (step < CONVERGED).double().mean(), equals=share)
+                        (motion < CONVERGED).double().mean(), equals=share)
 
     # in 8-D, 5 % below the threshold is still above sin(theta): it exists, but repels
     beta = 0.95 * edge
@@ -642,14 +663,16 @@ def isolation(seed, starts, zeroed):
 def i1(seed, quick, zeroed=False):
     """Fixed points are isolated, so countable: proved for maps with a free bias, seen for blocks.
 
-    Paper's abstract: countable without recall. Derived here: for s' = C(s) + b, C smooth, almost
-    every b makes det(I - J) != 0 at all fixed points (Sard), and isolated points of R^n are
-    countable. A map of a box into itself has sum sign det(I - J) = 1 over its fixed points: so of
-    small tanh maps no odd number was missed (a pair of opposite signs could be). For the block one
-    sees sigma_min(I - J) > 0 at the roots that Newton's method finds from many starts. The gap that
-    remains: the roots found are isolated, but no index proves that none was missed, and a bias
-    shared by all tokens is too few parameters for Sard's theorem. With a zeroed block all states
-    are fixed points: the control.
+    Paper's abstract: countable without recall. Derived here, for s' = C(s) + b with C smooth:
+
+      1. If det(I - J) != 0 at a fixed point, no other lies close to it (inverse function theorem).
+      2. For almost every b that is so at all of them (Sard); isolated points of R^n are countable.
+      3. A map of a box into itself has sum sign det(I - J) = 1 over its fixed points. So where the
+         sum is 1 Newton's method has not missed a single one (a pair of opposite signs it may).
+
+    For the block only isolation is measured, sigma_min(I - J) > 0 at what Newton's method finds:
+    its biases are shared by all tokens, too few for 2, and it maps no box into itself, as 3 asks.
+    Control: a zeroed block, of which all states are fixed points.
     """
     draw = rng(seed)
     maps = 15 if quick else 60
@@ -690,8 +713,8 @@ def i1(seed, quick, zeroed=False):
     yield control("zeroed block: largest sigma_min(I - J)", continuum.max(), at_most=1e-8)
 
 
-def tanh_path(seed, recall, n, loops, asymmetry=0.0):
-    """Limits of s' = 0.8 s + 0.2 tanh(3 W s + recall e) from s_0 = e, for e on a path from a to -a.
+def tanh_path(seed, recall_scale, n, loops, asymmetry=0.0):
+    """Limits of s' = 0.8 s + 0.2 tanh(3 W s + recall_scale e) from s_0 = e; e goes from a to -a.
 
     -> places on the path [m], limits [m, 16] of those m of n inputs that converge. W is symmetric
     (then all do) plus `asymmetry` times an antisymmetric matrix. The loop is odd, so the limits at
@@ -707,18 +730,21 @@ def tanh_path(seed, recall, n, loops, asymmetry=0.0):
 
     place = torch.linspace(0, 1, n, dtype=W.dtype)
     e = torch.outer((math.pi * place).cos(), a) + torch.outer((math.pi * place).sin(), b)
-    s, step = iterate(lambda s: 0.8 * s + 0.2 * torch.tanh(3 * s @ W.T + recall * e), e, loops)
-    return place[step < 1e-12], s[step < 1e-12]
+
+    def turn(s):
+        return 0.8 * s + 0.2 * torch.tanh(3 * s @ W.T + recall_scale * e)
+    s, motion = iterate(turn, e, loops)
+    return place[motion < 1e-12], s[motion < 1e-12]
 
 
-def staircase(seed, recall, n, loops):
+def staircase(seed, recall_scale, n, loops):
     """tanh_path for three networks -> share of inputs that converge, lengths of the steps between
     the limits of neighbours, distinct limits per input (the least of the three)."""
     shares = []
     steps = []
     limits = []
     for asymmetry in (0, 0.25, 0.5):
-        _, s = tanh_path(seed, recall, n, loops, asymmetry)
+        _, s = tanh_path(seed, recall_scale, n, loops, asymmetry)
         shares.append(len(s) / n)
         steps.append(s.diff(dim=0).abs().amax(1))
         limits.append(distinct(s) / max(1, len(s)))
@@ -740,18 +766,20 @@ def matrix_with_top(top, draw, D=16):
 
 
 @claim("I2", "input-dependence")
-def i2(seed, quick, recall=0.0):
+def i2(seed, quick, recall_scale=0.0):
     """Countable fixed points allow no strong input-dependence, in any spectral regime.
 
-    Paper's abstract. Strong is read here as: the limit varies continuously with the input. Why not
+    Paper's abstract. "Strong" is read as: the limit varies continuously with the input. Why not
     (derived here): a continuous map from a connected set of inputs into a countable set is
-    constant, so the limit only jumps. How many limits there are is not claimed. What "any regime"
-    covers here: linear loops whose dominant eigenvalue is positive, negative or complex, of modulus
-    below, at and above 1; and tanh networks, symmetric or not, where what is reached is locally
-    contracting. Linear: below 1 all inputs end in one limit, above 1 nothing converges; at exactly
-    1 a positive eigenvalue keeps e, but then the fixed points are a continuum (the control), and
-    1 +- 1e-4 undoes it. tanh: along a path of inputs a staircase, whose steps are flat however fine
-    the path is.
+    constant. So the limit can only jump; how many limits there are is not claimed.
+
+    Linear loops, whose dominant eigenvalue lambda is positive, negative or complex:
+      |lambda| < 1    all inputs end in one limit
+      |lambda| > 1    none converges
+      lambda = 1      e is kept, but the fixed points are a continuum (the control); 1 +- 1e-4 is
+                      enough to undo it
+    tanh networks, symmetric or not, along a path of inputs: the limit is a staircase, and its steps
+    are flat however fine the path is.
     """
     inputs = 64
     draw = rng(seed)
@@ -766,7 +794,7 @@ def i2(seed, quick, recall=0.0):
             # many loops at once, and whether one more still moves the state; what a rho below 1
             # leaves of e is e^-60 = 9e-27 times the condition of A's eigenvectors, up to 1e6 or so
             loops = 600 if rho == 1 else 300 + math.ceil(60 / abs(math.log(rho)))
-            h = e @ torch.linalg.matrix_power(A.T, loops) + recall * e
+            h = e @ torch.linalg.matrix_power(A.T, loops) + recall_scale * e
             still = moved(h @ A.T, h) < CONVERGED
             arrived[rho] = still.double().mean()
             limits[rho] = distinct(h[still])
@@ -786,7 +814,7 @@ def i2(seed, quick, recall=0.0):
     # along a path of inputs: either a step changes nothing, or it jumps to another fixed point
     n = 501 if quick else 2001
     loops = 1500 if quick else 4000
-    share, steps, _ = staircase(seed, recall, n, loops)
+    share, steps, _ = staircase(seed, recall_scale, n, loops)
     slides = (steps > 1e-9) & (steps < 0.1)
     moves = (steps > 1e-9).double().mean()
     # the symmetric network alone makes a third
@@ -837,8 +865,8 @@ def i3(seed, quick, norm="outer", recall="none"):
     errors = []
     for i in range(models):
         f = untrained(10 * seed + i, norm, recall, width, inputs=8 if quick else 24)
-        h, step = iterate(f, f.start, loops)
-        arrived = step < CONVERGED
+        h, motion = iterate(f, f.start, loops)
+        arrived = motion < CONVERGED
         share.append(arrived.double().mean())
         limits.append(distinct(h[arrived]))
         if not arrived.any():
@@ -850,12 +878,12 @@ def i3(seed, quick, norm="outer", recall="none"):
         tokens = per_token(h, f)
         spreads.append((tokens - tokens[:, :1]).abs().max())
 
-        # z_k is the part of dh_k/dh_0 v along w; what the rate neglects, and the noise of the
-        # differences, are to be small against it
+        # z_k is the part of dh_k/dh_0 v along the left eigenvector; what the rate neglects, and the
+        # noise of the differences, are to be small against it
         J = jacobian(f, h)[0]
-        w = left_eigenvector(J)
-        path, size, direction = memory(f, loops, seed)
-        part = (direction.to(w.dtype) @ w).abs() / w.norm()
+        left = left_eigenvector(J)
+        path, size, direction = tangent(f, loops, seed)
+        part = (direction.to(left.dtype) @ left).abs() / left.norm()
         z = size + part.log()
         neglected = (path - h).norm(dim=1) + 1e-10
         k = (neglected < 1e-5 * part).nonzero()[:, 0]
@@ -897,8 +925,8 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
     v = rng(seed)(4, n)
 
     def limit(f):
-        h, step = iterate(f, f.start, 1500)
-        if step.max() >= CONVERGED:
+        h, motion = iterate(f, f.start, 1500)
+        if motion.max() >= CONVERGED:
             return h * math.nan
         return h
 
@@ -925,10 +953,10 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
 
     # the first of nine models without recall whose input converges
     for i in range(9):
-        memory = differences(untrained(10 * seed + i, norm, "none", width, inputs=1)).norm()
-        if memory.isfinite():
+        left = differences(untrained(10 * seed + i, norm, "none", width, inputs=1)).norm()
+        if left.isfinite():
             break
-    yield control("no recall, |dh*/de v| / |v| where converged", memory / v.norm(), at_most=1e-6)
+    yield control("no recall, |dh*/de v| / |v| where converged", left / v.norm(), at_most=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -959,11 +987,14 @@ def g1(seed, quick, norm="outer", eps=1e-6):
                 within=1e-12)
 
     # in the loop: one radial direction for each token
-    for kind, zeros, judge in ((norm, TOKENS, check), ("pre", 0, control)):
+    def near_zero(kind):
         f = untrained(seed, kind, "external", SMALL, inputs=1)
         h, _ = iterate(f, f.start, 100)
-        small = (torch.linalg.svdvals(jacobian(f, h)) < 1e-4).sum()
-        yield judge(f"{kind}, {TOKENS} tokens: singular values of J < 1e-4", small, equals=zeros)
+        return (torch.linalg.svdvals(jacobian(f, h)) < 1e-4).sum()
+
+    what = f"{TOKENS} tokens: singular values of J < 1e-4"
+    yield check(f"{norm}, {what}", near_zero(norm), equals=TOKENS)
+    yield control(f"pre, {what}", near_zero("pre"), equals=0)
 
 
 def gradient_sweep(norm, seed, widths):
@@ -975,8 +1006,10 @@ def gradient_sweep(norm, seed, widths):
     powers = []
     growth = []
     converged = []
+    # recall gain and rho of W_h (None: as it is); weaker recall may not converge (claim axes)
+    strengths = ((4.0, None), (16.0, 2.0), (64.0, 2.0))
     for recall in ("internal", "external"):
-        for gain, rho in ((4.0, None), (16.0, 2.0), (64.0, 2.0)):
+        for gain, rho in strengths:
             for width in widths:
                 f = untrained(seed, norm, recall, width, inputs=1, gain=gain, rho=rho)
                 path = states(f, range(1, 402))[:, 0]
@@ -987,10 +1020,10 @@ def gradient_sweep(norm, seed, widths):
                     K = max(K, 1 + int((~still).sum()))
 
                 loss = random_loss(f, seed)
-                dh0, dW, _, _ = gradients(f, K, loss)
-                dh0_late, dW_late, _, _ = gradients(f, 2 * K, loss)
-                powers.append((dW_late.norm() / dW.norm()).log2())
-                growth.append(dh0_late / dh0)
+                early = gradients(f, K, loss)
+                late = gradients(f, 2 * K, loss)
+                powers.append((late.weights.norm() / early.weights.norm()).log2())
+                growth.append(late.start / early.start)
     return torch.stack(powers), torch.stack(growth), torch.stack(converged)
 
 
@@ -1001,20 +1034,20 @@ def unbounded_gradients(head, seed, width, K):
     """
     f = untrained(seed, "pre", "external", width, inputs=1, rho=1.2)
     loss = random_loss(f, seed, f.model.head[0] if head else None)
-    early, _, _, _ = gradients(f, K, loss)
-    late, _, _, _ = gradients(f, 2 * K, loss)
-    rate = (late / early).log() / (K * math.log(1.2))
+    early = gradients(f, K, loss)
+    late = gradients(f, 2 * K, loss)
+    rate = (late.start / early.start).log() / (K * math.log(1.2))
 
     f = untrained(seed, "pre", "internal", width, inputs=1)
     loss = random_loss(f, seed, f.model.head[0] if head else None)
-    _, early, _, _ = gradients(f, K, loss)
-    _, late, _, _ = gradients(f, 2 * K, loss)
-    return rate, (late.norm() / early.norm()).log2()
+    early = gradients(f, K, loss)
+    late = gradients(f, 2 * K, loss)
+    return rate, (late.weights.norm() / early.weights.norm()).log2()
 
 
 @claim("G2", "geometry")
 def g2(seed, quick, norm="outer"):
-    """Backpropagation through K loops is stable with recall + outer norm, without only by luck.
+    """Gradients through K loops stay bounded with recall + outer norm; without it only by luck.
 
     Paper's abstract: stable backpropagation. Derived here: where the loop converges dl/dW is a
     series in J of rate rho(J*) with the limit (df/dW)^T (I - J^T)^-1 dl/dh, and dl/dh_0 dies at
@@ -1030,18 +1063,19 @@ def g2(seed, quick, norm="outer"):
     for recall in ("internal", "external"):
         f = untrained(seed, norm, recall, width, inputs=1, gain=STRONG)
         loss = random_loss(f, seed)
-        early, _, _, _ = gradients(f, K // 2, loss)
-        late, dW, h, dh = gradients(f, K, loss)
-        J = jacobian(f, h)[0]
+        early = gradients(f, K // 2, loss)
+        late = gradients(f, K, loss)
+        J = jacobian(f, late.h)[0]
 
         # the implicit gradient: solve for the left factor, then one turn of the loop
-        left = torch.linalg.solve(torch.eye(len(J)) - J.T, dh[0])
+        left = torch.linalg.solve(torch.eye(len(J)) - J.T, late.last[0])
         weights = list(f.model.requires_grad_(True).parameters())
-        exact = flat(torch.autograd.grad(f.on(f.e)(h)[0] @ left, weights, allow_unused=True))
-        rate = (late / early).log() / (K - K // 2)
+        turn = f.on(f.e)(late.h)[0]
+        exact = flat(torch.autograd.grad(turn @ left, weights, allow_unused=True))
+        rate = (late.start / early.start).log() / (K - K // 2)
         name = f"{norm} + {recall}"
         yield check(f"{name}: dl/dW of {K} loops - implicit, relative",
-                    (dW - exact).norm() / exact.norm(), equals=0, within=1e-4)
+                    (late.weights - exact).norm() / exact.norm(), equals=0, within=1e-4)
         yield check(f"{name}: rate of |dl/dh_0| / log rho(J*)", rate / radius(J).log(), equals=1,
                     within=0.2)
 
@@ -1084,8 +1118,8 @@ def g3(seed, quick, norm="outer"):
     width = SMALL if quick else LARGE
 
     def mean_rho(f):
-        h, step = iterate(f, f.start, 1000)
-        return radius(jacobian(f, h))[step < CONVERGED].mean()
+        h, motion = iterate(f, f.start, 1000)
+        return radius(jacobian(f, h))[motion < CONVERGED].mean()
 
     for recall, power in (("internal", -2), ("external", -1)):
         # the mean over models, from weak recall to far beyond what is trained
@@ -1111,8 +1145,8 @@ def g3(seed, quick, norm="outer"):
 def reached(a, b, norm, seed):
     """Whether s' = N(a s + b e) converges from a random start, for each of a, b [n]; D = 8."""
     e, s = N(rng(seed + 1)(2, len(a), 8))
-    _, step = iterate(lambda s: N(a[:, None] * s + b[:, None] * e, norm), s, 2000)
-    return step < CONVERGED
+    _, motion = iterate(lambda s: N_if(norm, a[:, None] * s + b[:, None] * e), s, 2000)
+    return motion < CONVERGED
 
 
 def settles(a, b, norm):
@@ -1124,16 +1158,17 @@ def settles(a, b, norm):
 
 @claim("G5", "geometry")
 def g5(seed, quick, norm="outer"):
-    """Outer norm reverses the order of internal and external recall, from sigma = 0.5 on.
+    """Without norm external recall is reached more often than internal; with outer norm it is the
+    other way round, unless the weights are small.
 
     Paper's abstract: internal recall becomes competitive once outer norm is applied. Derived here:
     the toy of R1 with outer norm, s' = N(a s + b e), moves in the plane of s and e. Its angle to
     sign(b) e shrinks in each loop if a > 0 (multiplier a / (a + |b|) at the limit) and changes sign
     if a < 0; so a fixed point is reached from almost everywhere iff a > 0, b != 0 or |b| > 2 |a|;
-    else it ends in a two-cycle of cos = b / 2|a|. Without norm it needs |a| < 1. Shares are counted
-    by simulation, for weights x, y ~ N(0, sigma^2), within 2000 loops: below 0.5 nothing turns
-    round, since external recall is reached nearly always there, and internal as often but more
-    slowly, for small |b| = |y|.
+    else it ends in a two-cycle of cos = b / 2|a|. Without norm it needs |a| < 1. How often that is
+    so is counted by simulation within 2000 loops, for weights x, y ~ N(0, sigma^2). From
+    sigma = 0.5 on internal recall is ahead under outer norm. Below external recall is reached
+    nearly always, internal recall as often but slowly where |b| = |y| is small.
     """
     n = 1500 if quick else 4000
     draw = rng(seed)
@@ -1157,7 +1192,7 @@ def g5(seed, quick, norm="outer"):
     # where it is not reached: a = -1
     b = torch.tensor([[1.5], [0.5]])
     e, s = N(draw(2, 2, 8))
-    s, _ = iterate(lambda s: N(b * e - s, norm), s, 2000)
+    s, _ = iterate(lambda s: N_if(norm, b * e - s), s, 2000)
     off = ((s * e).mean(1) - b[:, 0] / 2).abs().max()
     yield check("two-cycle, b / 2|a| = 0.75, 0.25: cos(s, e) off by", off, equals=0, within=1e-6)
 
@@ -1186,15 +1221,15 @@ def axes_of(f, seed, loops):
     Smooth: rho(J) < 1, and from 100 to 200 loops |dh/de| and from 60 to 120 loops dl/dW change by
     less than a quarter (one input stands for all).
     """
-    h, step = iterate(f, f.start, loops)
+    h, motion = iterate(f, f.start, loops)
     one = f.on(f.e[:1])
     _, d, _ = sensitivity(one, (100, 200), seed)
     size = d.norm(dim=-1)
     loss = random_loss(one, seed)
-    _, early, _, _ = gradients(one, 60, loss)
-    _, late, _, _ = gradients(one, 120, loss)
+    early = gradients(one, 60, loss).weights
+    late = gradients(one, 120, loss).weights
 
-    converges = bool((step < CONVERGED).all())
+    converges = bool((motion < CONVERGED).all())
     depends = distinct(h) == len(h)
     smooth = (radius(jacobian(one, h[:1])) < 1
               and (size[1] / size[0] - 1).abs() < 0.25
@@ -1247,15 +1282,17 @@ def axes(seed, quick, swap=None, blocks=None):
     # outer norm, by recall strength; bounds leave room for the binomial noise of so few blocks
     yield row("outer", "none", equals=0)
     least = {2.0: 0.4, 4.0: 0.6, 8.0: 0.8, 16.0: 0.8}
+    gains = (16.0,) if quick else tuple(least)
     for recall in ("internal", "external"):
         name, weak, weak_note = share("outer", recall)
         if recall == "external":
             yield control(name, weak, at_most=0.9, note=weak_note)
-        for gain in (16.0,) if quick else least:
-            name, strong, note = share("outer", recall, gain)
-            yield check(name, strong, at_least=least[gain], note=note)
-        yield check(f"outer + {recall}: share at gain 16 - at gain 1", strong - weak, at_least=0,
-                    note=f"at gain 1: {weak_note}")
+        strong = {}
+        for gain in gains:
+            name, strong[gain], note = share("outer", recall, gain)
+            yield check(name, strong[gain], at_least=least[gain], note=note)
+        yield check(f"outer + {recall}: share at gain 16 - at gain 1", strong[16.0] - weak,
+                    at_least=0, note=f"at gain 1: {weak_note}")
     if not quick:
         yield row("sandwich", "none", count=few, equals=0)
         for recall in ("internal", "external"):
@@ -1269,8 +1306,10 @@ def growth(f, s, steps=50):
     """An estimate of rho(J) at s [B, n] for large n: growth of |J^k v| a loop, k > steps / 2."""
     v = torch.ones_like(s)
     sizes = []
+    small = 1e-5                        # J v by central differences: good to about 1e-10 |v|
     for _ in range(steps):
-        v = push(f, s, F.normalize(v))
+        v = F.normalize(v)
+        v = (f(s + small * v) - f(s - small * v)) / (2 * small)
         sizes.append(v.norm(dim=1).log())
     return torch.stack(sizes[steps // 2:]).mean(0).exp()
 
@@ -1278,23 +1317,11 @@ def growth(f, s, steps=50):
 def trained(path, inputs):
     """A run -> its model, x and y of its easy test set."""
     model, cfg = looped.load(path)
-    easy = data.splits(model.task, cfg.seed, 0, 0, cfg.n_test, 0, cfg.files)["easy"]
+    easy = data.splits(model.task, cfg.seed, n_train=0, n_val=0, n_test=cfg.n_test, n_hard=0,
+                       path=cfg.files)["easy"]
     x = torch.as_tensor(easy.x[:inputs]).long()
     y = torch.as_tensor(easy.y[:inputs]).long()
     return model, x, y
-
-
-def trained_limits(path, inputs=3):
-    """A run -> Loop in float64 and limits; strings are cut to L D <= 1,024, where J is quick.
-
-    (So of a task on strings the first tokens of a puzzle have to be a puzzle.)
-    """
-    model, x, _ = trained(path, inputs)
-    model = copy.deepcopy(model).double().requires_grad_(False)
-    if len(model.task.grid) == 1:
-        x = x[:, :max(1, 1024 // model.cfg.width)]
-    f = Loop(model, model.embed(x))
-    return f, iterate(f, f.start, 500)[0]
 
 
 def hard_accuracy(path):
@@ -1314,8 +1341,8 @@ def limits_on_a_line(f, loops):
     """
     place = torch.linspace(0, 1, 101, dtype=f.e.dtype)[:, None]
     line = f.on((1 - place) * f.start[0] + place * f.start[1])
-    limits, step = iterate(line, line.start, loops)
-    both = (step[1:] < CONVERGED) & (step[:-1] < CONVERGED)
+    limits, motion = iterate(line, line.start, loops)
+    both = (motion[1:] < CONVERGED) & (motion[:-1] < CONVERGED)
     change = moved(limits[1:], limits[:-1])[both]
     return {
         "line_pairs": len(change),
@@ -1325,7 +1352,7 @@ def limits_on_a_line(f, loops):
 
 
 def measure(path, inputs=256, loops=300, seed=0):
-    """The three axes of a trained run on easy test puzzles -> a record, for --json and --runs.
+    """The three axes of a trained run on easy test puzzles -> a record, for --json.
 
     Over inputs: medians of residuals, norm_ratio (|h_K| / |h_1|), swapped and from_random_start; a
     mean of the sensitivity; shares that converged or return_after_push; each rho of three inputs. A
@@ -1340,17 +1367,21 @@ def measure(path, inputs=256, loops=300, seed=0):
     f = Loop(model, model.embed(x))
 
     # reachability; a cosine of states would not tell (R3)
-    h, step = iterate(f, f.start, loops)
-    arrived = step < CONVERGED
+    h, motion = iterate(f, f.start, loops)
+    arrived = motion < CONVERGED
     record["converged"] = arrived.double().mean()
     record["distinct"] = distinct(h[arrived])
-    record["residual"] = step.median()
+    record["residual"] = motion.median()
     record["residual2"] = moved(f(f(h)), h).median()
     record["norm_ratio"] = (h.norm(dim=1) / f(f.start).norm(dim=1)).median()
     report(1, 3)
 
-    # the spectrum at the limits of three inputs; of large states an estimate
-    g, limits = trained_limits(path)
+    # the spectrum at the limits of three inputs; strings are cut to L D <= 1,024, where J is quick
+    # (so the first tokens of a string have to be a puzzle), and of boards it is estimated
+    if len(model.task.grid) == 1:
+        x = x[:, :max(1, 1024 // cfg.width)]
+    g = Loop(model, model.embed(x[:3]))
+    limits, _ = iterate(g, g.start, 500)
     record["rho_size"] = g.start.shape[1]
     if record["rho_size"] <= 2048:
         record["rho"] = [radius(jacobian(g.on(g.e[i]), limits[i:i + 1])[0])
@@ -1382,121 +1413,10 @@ def measure(path, inputs=256, loops=300, seed=0):
     # geometry: gradients through more and more loops, the head without its norm (G2)
     def loss(h):
         return F.cross_entropy(model.head[1:](h).flatten(0, 1), y[:8].flatten())
-    record["gradient_15_30_60_120"] = [gradients(few, K, loss)[1].norm() for K in (15, 30, 60, 120)]
+    record["gradient_15_30_60_120"] = [gradients(few, K, loss).weights.norm()
+                                       for K in (15, 30, 60, 120)]
     report(3, 3)
     return record
-
-
-def plain(value):
-    """Tensors as numbers and lists, for json."""
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    return value
-
-
-# --------------------------------------------------------------------------------------------------
-# two claims about many trained runs
-
-def ranks(values):
-    """Ranks of values [n]; equal ones share their mean rank."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    below = (values[:, None] > values).double().sum(1)
-    equal = (values[:, None] == values).double().sum(1)
-    return below + (equal - 1) / 2
-
-
-def rank_correlation(x, y):
-    """Spearman's; nan if all of one are equal."""
-    return torch.corrcoef(torch.stack((ranks(x), ranks(y))))[0, 1]
-
-
-def axes_held(record):
-    """0 to 3: share of inputs converged, whether the limit depends on the input, whether smooth."""
-    gradient = record["gradient_15_30_60_120"]
-    steady = abs(gradient[3] - gradient[2]) < 0.25 * gradient[3]
-    depends = record["sensitivity_30_100_500"][-1] > 1e-3
-    return record["converged"] + depends + (max(record["rho"]) < 1 and steady)
-
-
-def tracks(records, seed):
-    """Accuracy tracks the axes: rank correlation of `axes_held` with accuracy on hard puzzles.
-
-    Paper's abstract. The interval comes from 2,000 bootstrap samples of whole cells (recall, norm),
-    since seeds of one cell are not independent. Control: accuracies dealt out to other cells.
-    """
-    held = torch.tensor([axes_held(r) for r in records])
-    hard = torch.tensor([r["hard"] for r in records])
-    cells = sorted({(r["recall"], r["norm"]) for r in records})
-    members = [torch.tensor([i for i, r in enumerate(records) if (r["recall"], r["norm"]) == cell])
-               for cell in cells]
-    generator = torch.Generator().manual_seed(seed)
-
-    samples = []
-    shuffled = []
-    for _ in range(2000):
-        picked = torch.randint(len(cells), (len(cells),), generator=generator)
-        rows = torch.cat([members[i] for i in picked])
-        samples.append(rank_correlation(held[rows], hard[rows]))
-        order = torch.cat([members[i] for i in torch.randperm(len(cells), generator=generator)])
-        shuffled.append(rank_correlation(held[torch.cat(members)], hard[order]))
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.stack(samples).nanquantile(ends)
-    _, chance = torch.stack(shuffled).nanquantile(ends)
-    now = rank_correlation(held, hard)
-    note = f"{low:.2f} to {high:.2f}"
-    yield check(f"{len(records)} runs: rank correlation, axes held and accuracy", now,
-                at_least=chance, note=note)
-    yield check("... its 95 % interval from below", low, at_least=0)
-    yield control("accuracies shuffled between cells: mean correlation",
-                  torch.stack(shuffled).nanmean(), equals=0, within=0.1)
-
-
-def placements(records):
-    """Internal against external recall under outer norm, paired by seed: reported, no side taken.
-
-    Paper's abstract: internal recall is competitive with external under outer norm. The row states
-    the mean difference and its 95 % t interval; it fails only where there are too few pairs.
-    """
-    # 97.5 % quantiles of Student's t by degrees of freedom; beyond 9 that of 9
-    t = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-    for task in sorted({r["task"] for r in records}):
-        accuracy = {}
-        for r in records:
-            if r["task"] == task and r["norm"] == "outer":
-                accuracy[r["recall"], r["seed"]] = r["hard"]
-        seeds = sorted(seed for recall, seed in accuracy if recall == "internal")
-        gaps = torch.tensor([accuracy["internal", seed] - accuracy["external", seed]
-                             for seed in seeds if ("external", seed) in accuracy])
-        note = ""
-        if len(gaps) > 1:
-            half = t[min(len(gaps), len(t)) - 1] * gaps.std() / len(gaps) ** 0.5
-            note = f"internal - external {gaps.mean():+.2f} +- {half:.2f}"
-        yield check(f"{task}: pairs of internal and external recall", len(gaps), at_least=2,
-                    note=note)
-
-
-RECORD = ("task", "recall", "norm", "seed", "hard", "converged", "rho", "sensitivity_30_100_500",
-          "gradient_15_30_60_120")
-
-
-def runs_table(path, seed):
-    """The two claims on the records of a file -> what --json writes, exit code."""
-    try:
-        records = json.loads(Path(path).read_text())
-        records = [r for r in records if r["hard"] is not None and all(key in r for key in RECORD)]
-    except (ValueError, TypeError, KeyError):
-        records = []
-    if len(records) < 3:
-        raise looped.LoopedError(f"--runs {path}: not three records of --ckpt ... --json {path}")
-
-    rows = []
-    print_head("trained runs")
-    for row in (*tracks(records, seed), *placements(records)):
-        print_row(row)
-        rows.append(row)
-    return [row._asdict() for row in rows], int(not all(row.passed for row in rows))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1529,7 +1449,10 @@ def claims_table(names, seed, quick):
         if CLAIMS[name].axis != axis:
             axis = CLAIMS[name].axis
             print_head(axis)
-        table += CLAIMS[name](seed, quick, print_row)
+        for row in CLAIMS[name](seed, quick):
+            row = row._replace(claim=name)
+            print_row(row)
+            table.append(row)
 
     failed = sorted({row.claim for row in table if not row.passed})
     verdict = f"FAILED {', '.join(failed)}" if failed else "all hold"
@@ -1542,25 +1465,17 @@ def trained_table(paths, inputs, seed):
     """Prints the measurements of each run -> what --json writes, exit code."""
     records = []
     for path in paths:
-        record = {key: plain(value) for key, value in measure(path, inputs, seed=seed).items()}
+        found = measure(path, inputs, seed=seed)
+        record = json.loads(json.dumps(found, default=torch.Tensor.tolist))     # plain numbers
         records.append(record)
         for key, value in record.items():
             values = value if isinstance(value, list) else [value]
             print(f"{key:36}", *(f"{v:.3g}" if isinstance(v, float) else v for v in values))
         print(flush=True)
-
-    print("| run | hard | converged | residual | over two loops | distinct limits | rho(J*) | "
-          "swapped: new, old input |\n" + "|---" * 8 + "|")
-    for r in records:
-        hard = "" if r["hard"] is None else f"{r['hard']:.2f}"
-        print(f"| {r['run']} | {hard} | {r['converged']:.0%} | {r['residual']:.0e} | "
-              f"{r['residual2']:.0e} | {r['distinct']} | {max(r['rho']):.2f} | "
-              f"{r['swapped_to_new']:.0e}, {r['swapped_to_old']:.0e} |")
     return records, 0
 
 
-def main(argv=None):
-    """The command line -> exit code: 0, 1 if a claim fails, 2 for a request that cannot be met."""
+def parse(argv):
     parser = data.Parser(prog="theory.py", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="R5,G5", default=",".join(CLAIMS), help="these only")
@@ -1568,42 +1483,34 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the table there as well")
     parser.add_argument("--ckpt", metavar="RUN", nargs="+", help="measure trained runs instead")
     parser.add_argument("--inputs", type=int, default=256, help="of --ckpt: so many test puzzles")
-    parser.add_argument("--runs", metavar="FILE", help="two claims on what --ckpt --json wrote")
-    args = parser.parse_args(argv)
-    try:
-        names = args.only.split(",")
-        for name in names:
-            if name not in CLAIMS:
-                raise looped.LoopedError(
-                    f"--only {name}: no such claim; one of {' '.join(CLAIMS)}")
-        if args.inputs < 2:
-            raise looped.LoopedError(f"--inputs {args.inputs}: must be 2 or more")
-        if args.json is not None:       # a bad place fails now, not after minutes of work
-            with open(args.json, "ab"):
-                pass
+    return parser.parse_args(argv)
 
-        if args.ckpt:
-            result, code = trained_table(args.ckpt, args.inputs, args.seed)
-        elif args.runs is not None:
-            result, code = runs_table(args.runs, args.seed)
-        else:
-            result, code = claims_table(names, args.seed, args.quick)
 
-        if args.json is not None:
-            data.write_atomic(args.json, json.dumps(result, indent=1).encode())
-        return code
-    except data.DataError as error:
-        print(f"theory.py: {error}", file=sys.stderr)
-    except BrokenPipeError:
-        data.discard_output()
-        return 1
-    except OSError as error:
-        print(f"theory.py: {error.filename}: {error.strerror}; choose another place",
-              file=sys.stderr)
-    except KeyboardInterrupt:
-        print("theory.py: stopped", file=sys.stderr)
-        return 130
-    return 2
+def execute(args):
+    """Do what the arguments ask for -> exit code: 0, or 1 if a claim fails."""
+    names = args.only.split(",")
+    for name in names:
+        if name not in CLAIMS:
+            raise looped.LoopedError(f"--only {name}: no such claim; one of {' '.join(CLAIMS)}")
+    if args.inputs < 2:
+        raise looped.LoopedError(f"--inputs {args.inputs}: must be 2 or more")
+    if args.json is not None:       # a bad place fails now, not after minutes of work
+        with open(args.json, "ab"):
+            pass
+
+    if args.ckpt:
+        result, code = trained_table(args.ckpt, args.inputs, args.seed)
+    else:
+        result, code = claims_table(names, args.seed, args.quick)
+
+    if args.json is not None:
+        data.write_atomic(args.json, json.dumps(result, indent=1).encode())
+    return code
+
+
+def main(argv=None):
+    """The command line -> exit code: also 2 for a request that cannot be met, 130 if stopped."""
+    return data.run("theory.py", functools.partial(execute, parse(argv)))
 
 
 if __name__ == "__main__":
