@@ -1351,12 +1351,62 @@ def limits_on_a_line(f, loops):
     }
 
 
+def reachability(f, h, motion):
+    """Are the states h [B, L D], which still move by motion [B], at rest? Medians over inputs."""
+    arrived = motion < CONVERGED
+    return {
+        "converged": arrived.double().mean(),
+        "distinct": distinct(h[arrived]),
+        "residual": motion.median(),
+        "residual2": moved(f(f(h)), h).median(),
+        "norm_ratio": (h.norm(dim=1) / f(f.start).norm(dim=1)).median(),    # |h_K| / |h_1|
+    }
+
+
+def spectrum(model, x):
+    """rho(J*) of three inputs; strings are cut to L D <= 1,024, where J is quick.
+
+    (So the first tokens of a string have to be a puzzle.) Of larger states it is an estimate.
+    """
+    if len(model.task.grid) == 1:
+        x = x[:, :max(1, 1024 // model.cfg.width)]
+    f = Loop(model, model.embed(x[:3]))
+    limits, _ = iterate(f, f.start, 500)
+    record = {"rho_size": f.start.shape[1]}
+    if record["rho_size"] <= 2048:
+        one_each = [jacobian(f.on(f.e[i]), limits[i:i + 1])[0] for i in range(len(limits))]
+        record["rho"] = [radius(J) for J in one_each]
+    else:
+        record["rho"] = growth(f, limits)
+    if isinstance(getattr(model, "W_h", None), nn.Linear):
+        record["rho_W_h"] = radius(model.W_h.weight)
+    return record
+
+
+def input_dependence(f, h, loops, seed):
+    """Where the states h [B, L D] come from: the memory of e (a mean), and medians over inputs.
+
+    The state goes on from h with the inputs swapped, begins anew from a random start, or is pushed
+    as far as it is large (the share that comes back).
+    """
+    _, d, _ = sensitivity(f, (30, 100, 500), seed)
+    swapped, _ = iterate(f.on(f.e.roll(1, 0)), h, loops)
+    other, _ = iterate(f, rng(seed)(*h.shape), loops)
+    push = h.square().mean(1, keepdim=True).sqrt() * rng(seed + 1)(*h.shape)
+    back, _ = iterate(f, h + push, loops)
+    return {
+        "sensitivity_30_100_500": d.norm(dim=-1).mean(1),
+        "swapped_to_new": moved(swapped, h.roll(1, 0)).median(),
+        "swapped_to_old": moved(swapped, h).median(),
+        "from_random_start": moved(other, h).median(),
+        "return_after_push": (moved(back, h) < 1e-6).double().mean(),
+    }
+
+
 def measure(path, inputs=256, loops=300, seed=0):
     """The three axes of a trained run on easy test puzzles -> a record, for --json.
 
-    Over inputs: medians of residuals, norm_ratio (|h_K| / |h_1|), swapped and from_random_start; a
-    mean of the sensitivity; shares that converged or return_after_push; each rho of three inputs. A
-    list goes by the loop counts in its name.
+    A list goes by the loop counts in its name.
     """
     report = data.progress(f"{path}, step")
     model, x, y = trained(path, inputs)
@@ -1364,50 +1414,17 @@ def measure(path, inputs=256, loops=300, seed=0):
     record = {"run": Path(path).name, "task": cfg.task, "recall": cfg.recall, "norm": cfg.norm,
               "seed": cfg.seed, "hard": hard_accuracy(path)}
     model = copy.deepcopy(model).double().requires_grad_(False)
+
+    # a cosine of states would not tell whether they are at rest (R3)
     f = Loop(model, model.embed(x))
-
-    # reachability; a cosine of states would not tell (R3)
     h, motion = iterate(f, f.start, loops)
-    arrived = motion < CONVERGED
-    record["converged"] = arrived.double().mean()
-    record["distinct"] = distinct(h[arrived])
-    record["residual"] = motion.median()
-    record["residual2"] = moved(f(f(h)), h).median()
-    record["norm_ratio"] = (h.norm(dim=1) / f(f.start).norm(dim=1)).median()
+    record |= reachability(f, h, motion)
     report(1, 3)
-
-    # the spectrum at the limits of three inputs; strings are cut to L D <= 1,024, where J is quick
-    # (so the first tokens of a string have to be a puzzle), and of boards it is estimated
-    if len(model.task.grid) == 1:
-        x = x[:, :max(1, 1024 // cfg.width)]
-    g = Loop(model, model.embed(x[:3]))
-    limits, _ = iterate(g, g.start, 500)
-    record["rho_size"] = g.start.shape[1]
-    if record["rho_size"] <= 2048:
-        record["rho"] = [radius(jacobian(g.on(g.e[i]), limits[i:i + 1])[0])
-                         for i in range(len(limits))]
-    else:
-        record["rho"] = growth(g, limits)
-    if isinstance(getattr(model, "W_h", None), nn.Linear):
-        record["rho_W_h"] = radius(model.W_h.weight)
+    record |= spectrum(model, x)
     report(2, 3)
 
-    # input-dependence: the memory of e, and where h goes if the inputs are swapped at the end
     few = f.on(f.e[:8])
-    h = h[:8]
-    _, d, _ = sensitivity(few, (30, 100, 500), seed)
-    record["sensitivity_30_100_500"] = d.norm(dim=-1).mean(1)
-    swapped, _ = iterate(few.on(few.e.roll(1, 0)), h, loops)
-    record["swapped_to_new"] = moved(swapped, h.roll(1, 0)).median()
-    record["swapped_to_old"] = moved(swapped, h).median()
-    other, _ = iterate(few, rng(seed)(*h.shape), loops)
-    record["from_random_start"] = moved(other, h).median()
-
-    # basins: which of these states come back after a push as large as they are
-    push_size = h.square().mean(1, keepdim=True).sqrt()
-    back, _ = iterate(few, h + push_size * rng(seed + 1)(*h.shape), loops)
-    record["return_after_push"] = (moved(back, h) < 1e-6).double().mean()
-
+    record |= input_dependence(few, h[:8], loops, seed)
     record |= limits_on_a_line(f, loops)
 
     # geometry: gradients through more and more loops, the head without its norm (G2)

@@ -322,6 +322,18 @@ def validations(run):
     return [record for record in read_log(run) if "exact" in record]
 
 
+def learnt_table(raw, *patterns):
+    """After how many steps half of the validation puzzles, and all, are solved; a number a seed."""
+    rows = []
+    for name, runs in find_groups(raw, patterns).items():
+        row = [name, runs[0].result["config"]["steps"], each([run.seed for run in runs], "d")]
+        for share in (0.5, 1.0):
+            steps = [[v["step"] for v in validations(run) if v["exact"] >= share] for run in runs]
+            row.append(" ".join(str(found[0]) if found else "never" for found in steps))
+        rows.append(row)
+    return markdown(["run", "steps", "seeds", "half of validation after", "all after"], rows)
+
+
 def rates_table(raw, pattern):
     """Best validation of each variant at each learning rate; the highest in bold is the choice.
 
@@ -693,7 +705,7 @@ def speed_table(raw, folder):
 
 TABLES = {
     "runs": runs_table, "front": front_table, "loops": loops_table, "seeds": seeds_table,
-    "halting": halting_table, "rates": rates_table,
+    "halting": halting_table, "learnt": learnt_table, "rates": rates_table,
     "grid": grid_table, "pairs": pairs_table, "harm": harm_table, "trained": trained_table,
     "rank": rank_table, "limits": limits_table, "count": count_table, "followed": followed_table,
     "legal": legal_table, "overlap": overlap_table, "theory": theory_table,
