@@ -820,7 +820,7 @@ def phrases(raw):
     shares = {cell: np.mean([run.exact("hard") for run in runs]) for cell, runs in groups.items()}
     most = max(share for cell, share in shares.items() if "relative" in cell)
     said.append(f"at most {most:.2f} of the hard 6x6 boards")
-    for loss, phrase in (("progressive", "{:.2f} and {:.2f} by the paper's loss"),
+    for loss, phrase in (("progressive", "{:.2f} and {:.2f} (external, internal) by the paper's loss"),
                          ("carry", "{:.2f} and {:.2f} by `carry_loss`")):
         pair = [shares[f"{loss}-absolute-{recall}-outer"] for recall in ("external", "internal")]
         said.append(phrase.format(*pair))
