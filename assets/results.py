@@ -820,10 +820,10 @@ def phrases(raw):
     shares = {cell: np.mean([run.exact("hard") for run in runs]) for cell, runs in groups.items()}
     most = max(share for cell, share in shares.items() if "relative" in cell)
     said.append(f"at most {most:.2f} of the hard 6x6 boards")
-    for loss, phrase in (("progressive", "{:.2f} and {:.2f} (external, internal) by the paper's loss"),
-                         ("carry", "{:.2f} and {:.2f} by `carry_loss`")):
-        pair = [shares[f"{loss}-absolute-{recall}-outer"] for recall in ("external", "internal")]
-        said.append(phrase.format(*pair))
+    four = [shares[f"{loss}-absolute-{recall}-outer"] for loss in ("progressive", "carry")
+            for recall in ("external", "internal")]
+    said.append("{:.2f} and {:.2f} (external, internal) by the paper's loss, {:.2f} and {:.2f} by "
+                "`carry_loss`".format(*four))
 
     # what converges, and is right
     groups = find_groups(raw, ["current/to-2048/sudoku6/*"]).values()
