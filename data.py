@@ -4,13 +4,12 @@
     python data.py --task chess --files lichess_db_puzzle.csv   # the same from a public data set
 
 A puzzle is a row x of L token ids with a row y of L labels; an answer counts when all L are right.
-Puzzles are made offline from a seed and each one is proven to have a single solution. There are two
-levels: "easy", which the model trains on, and "hard", which it meets only in a test.
+Generated puzzles follow from a seed alone, and each is proven to have one solution.
 
-Easy puzzles go to the splits "train", "val" and "easy" (their test), hard ones to "hard". A hash of
-the puzzle decides which (see Task.distinct and home), never how many puzzles were asked for. So no
-request, however it grows, can move a puzzle from the training set into a test, or the other way
-round.
+There are two levels, "easy" (trained on) and "hard" (only tested on), but four splits: easy puzzles
+go to "train", "val" and "easy", which is the easy test set; hard ones to "hard", the hard test set.
+A hash of the puzzle decides (see split_of), not how many are asked for: so asking for more never
+moves a puzzle from training into a test or back.
 
 Reading order: what every task has (Task); prefix sums, sudoku, chess; then the machinery: splits,
 cache and processes, data files, command line. A new task is one class and one line in TASKS.
@@ -55,7 +54,10 @@ class DataError(ValueError):
 
 @dataclass
 class Puzzles:
-    """x [N, L] token ids and y [N, L] labels, both uint8; rating [N], the difficulty."""
+    """x [N, L] token ids and y [N, L] labels, both uint8; rating [N], the difficulty.
+
+    Indexed by an int, or in a for loop, it gives single puzzles: x [L], y [L], one rating.
+    """
 
     x: np.ndarray
     y: np.ndarray
@@ -73,24 +75,24 @@ class Puzzles:
 
 
 class Task:
-    """A task is a frozen dataclass: its fields are its options, all else is declared here.
+    """One kind of puzzle: a frozen dataclass, whose fields are its options.
 
-    What has no value here is a task's own, and so are chunk, draw, read and, if there are
-    `columns`, convert.
+    A subclass must set every attribute that has no value below, and write chunk, draw and read, and
+    also convert if it sets `columns`.
 
-    looped.py sets those options that its Config has, too: for a new one add a field there, for one
-    that is there name the task in its `tasks=`; a recipe of the task's own is a line in DEFAULTS.
+    In looped.py only those options can be set that Config has under the same name: add a field
+    there with tasks=("yours",), or add your task to the tasks= of one that exists. Defaults for
+    training are a line in DEFAULTS there; without one a task gets those of BOARD.
     """
 
     name: str           # what --task calls it
     grid: tuple         # the shape of an easy puzzle's tokens, (length,) or (rows, columns)
     vocab: int          # tokens are 0 .. vocab - 1
     classes: int        # labels are 0 .. classes - 1
-    symbols: str        # a character for each token of text() and each label that is printed
-    chance: str         # what guessing would get right, as a phrase
-    levels: dict        # {"easy": phrase, "hard": phrase}: what the puzzles made here are
+    symbols: str        # symbols[token] in text(), symbols[label] in show()
+    levels: dict        # {"easy": phrase, "hard": phrase}: describes generated puzzles to a user
 
-    # attention sees this many tokens around each (0: all), and RoPE turns with this base
+    # the attention window in tokens, the token itself included (0: all), and the base of RoPE
     window = 0
     rope_base = 10.0
 
@@ -103,13 +105,15 @@ class Task:
     # chunks that take long are made on all cores and kept in the cache
     slow = False
 
+    # the rules have a symmetry, so that a puzzle can be tried in another form: see rename
+    symmetric = False
+
     # ---- making and reading puzzles: a task's own
 
     def chunk(self, seed, index):
         """Make puzzles -> {"easy": Puzzles, "hard": Puzzles}, chunk number `index` of a seed.
 
-        It depends on seed, index and options alone, and takes a fixed amount of work. No puzzle may
-        be easy in one chunk and hard in another, nor in those of another seed.
+        It must depend on seed, index and options alone, and a puzzle's level on the puzzle alone.
         """
         raise NotImplementedError
 
@@ -126,11 +130,11 @@ class Task:
         raise NotImplementedError
 
     def verify(self, x, y):
-        """Rows of a file, x and y [N, L] -> N reasons not to use them, "" where there is none."""
+        """Rows of a file, x, y [N, L] -> N error messages, "" for a good row; one ends reading."""
         return [""] * len(x)
 
-    def distinct(self, x, y):
-        """x or y [N, L]: what no two puzzles of a data set share, and what decides their split."""
+    def keys(self, x, y):
+        """x, y [N, L] -> [N, K]; of puzzles with one key one is used, and it decides the split."""
         return x
 
     # ---- training and evaluation
@@ -148,7 +152,7 @@ class Task:
 
     def scored(self, x):
         """x [B, L] -> bool [B, L]: the tokens that count for per-token accuracy."""
-        return x >= 0
+        return x >= 0       # all of them, whether x is numpy or torch
 
     def augment(self, x, y, generator):
         """x, y [B, L] -> as many other puzzles with their solutions, all on one device.
@@ -158,13 +162,10 @@ class Task:
         return x, y
 
     def rename(self, x, generator):
-        """x [B, L] -> the same puzzles in another guise x2, and undo(y2 [B, L]) -> labels of x.
+        """x [B, L] -> x2, a random symmetric form of each; undo(labels of x2) -> labels of x."""
+        raise NotImplementedError
 
-        None for a task without such a symmetry.
-        """
-        return None
-
-    # ---- text
+    # ---- text: parse(text(x)) gives x back, show() is a picture; read and draw are a task's part
 
     def text(self, x):
         """x [L] -> what `parse` reads."""
@@ -185,7 +186,7 @@ class Task:
         except ValueError as error:
             raise DataError(f"puzzle {text!r}: {error}") from None
 
-    def answers(self, x, y):
+    def answer_texts(self, x, y):
         """x, y [L] -> {i: text of label y[i]} for the tokens i whose labels are worth showing."""
         return {i: self.symbols[y[i]] for i in np.flatnonzero(self.scored(x)).tolist()}
 
@@ -194,12 +195,12 @@ class Task:
         x = np.asarray(x)
         answers = {}
         if y is not None:
-            answers = self.answers(x, np.asarray(y))
+            answers = self.answer_texts(x, np.asarray(y))
         if mark is not None:
             answers = {i: mark(i, text) for i, text in answers.items()}
         return self.draw(x, answers)
 
-    def answer(self, text, y):
+    def verdict(self, text, y):
         """The text of a puzzle and labels y [L] -> one line on whether they solve it."""
         solution = self.parse(text)[1]
         wrong = (solution != np.asarray(y)).sum()
@@ -208,10 +209,10 @@ class Task:
         return "solved"
 
 
-def residue(row):
-    """A puzzle's key [L] -> 0 .. 15, as good as random: the sixteenth of all puzzles it is in."""
+def bucket(key):
+    """A puzzle's key [K] -> 0 .. 15, a hash: each bucket holds about a sixteenth of all puzzles."""
     # not a CRC, which is a parity of the bits: a split would then be a parity class of the strings
-    return hashlib.sha256(row.tobytes()).digest()[0] % 16
+    return hashlib.sha256(key.tobytes()).digest()[0] % 16
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def residue(row):
 
 START = 2               # the token before the bits
 MOST_BITS = 65536       # one chunk of such strings takes about 200 MB
-HARD_SIXTEENTH = 2      # if both levels have one length, this one is hard; 0 and 1: see home()
+HARD_BUCKET = 2         # if both levels have one length, this one is hard; 0 and 1: see split_of()
 
 
 @dataclass(frozen=True)
@@ -230,14 +231,14 @@ class PrefixSums(Task):
         tokens   2 1 1 0 1      a start token, then the bits
         labels   0 1 0 0 1      y_i = (x_1 + ... + x_i) mod 2, and 0 at the start token
 
-    The last label needs the first bit, however long the string. With the paper's window of 5 tokens
-    one loop moves information 2 places, so L bits need about L / 2 loops: 255 for the 512 bits of
-    a test (the last window shifts inwards), where training used 21.
+    The last label needs the first bit, however long the string. The paper's window is 5 tokens, two
+    on either side; at an edge it is moved inwards, so that it always holds 5. So one loop moves
+    information 2 places (4 at the end): 512 bits need 255 loops, where training used 21.
 
-    Why a start token? Without it (positions "relative", as in the paper) the model must find the
-    edge by itself, and windows that shift inwards hide it: in a string that begins with five or
-    more ones the first tokens see five equal neighbours, as they would in the middle of a run, and
-    softmax weights sum to 1, so position does not show.
+    Why a start token? Without it (positions "relative", as in the paper) nothing marks the first
+    bit: positions are relative, and windows at the edge are full, too. If a string begins with five
+    ones or more, its first tokens see five equal tokens, as in the middle of a run, and attention
+    averages five equal values, whatever its weights.
 
     Rating: the number of bits.
     """
@@ -250,7 +251,6 @@ class PrefixSums(Task):
     vocab = 3
     classes = 2
     symbols = "01"
-    chance = "half of the sums would be right"
     window = 5
     rope_base = 1e4
 
@@ -295,11 +295,11 @@ class PrefixSums(Task):
 
         # strings of one length could be in both levels: give one sixteenth of them to the hard one
         if self.bits == self.hard_bits:
-            easy = easy[[residue(row) != HARD_SIXTEENTH for row in easy]]
-            hard = hard[[residue(row) == HARD_SIXTEENTH for row in hard]]
+            easy = easy[[bucket(row) != HARD_BUCKET for row in easy]]
+            hard = hard[[bucket(row) == HARD_BUCKET for row in hard]]
         return {"easy": self.puzzles(easy), "hard": self.puzzles(hard)}
 
-    def distinct(self, x, y):
+    def keys(self, x, y):
         return x[:, self.front:]
 
     def text(self, x):
@@ -392,12 +392,12 @@ def branch(cand, owner, digits):
 
 
 def solve(cand, box, limit=2, at_once=256):
-    """cand [L, N] -> solutions found (up to limit) [N], one of them [L, N], placements tried [N].
+    """cand [L, N] -> solutions found (at most limit) [N], one of them [L, N], guesses made [N].
 
-    Singles are deduced until nothing moves; then each candidate of a cell with the fewest is tried.
-    The number of tries is a puzzle's rating: with a single solution the search is exhaustive, so it
-    does not depend on the order of the search, nor on how many open positions are followed
-    `at_once`, over all puzzles.
+    Naked and hidden singles (see deduce) are filled in until nothing changes; then each candidate
+    of a cell with the fewest is tried, which is a guess. Their number is a puzzle's rating. With
+    one solution and limit 2 the whole tree is searched, so that it depends neither on the order of
+    the search nor on at_once, the number of boards that are worked on together.
     """
     N = cand.shape[1]
     found = np.zeros(N, int)
@@ -410,6 +410,7 @@ def solve(cand, box, limit=2, at_once=256):
         # depth first for all puzzles at once, the `share` latest positions of each: to follow all
         # of them would grow exponentially on boards with many solutions
         share = max(1, at_once // len(np.unique(owner)))
+        # (behind: 1 for the latest position of a puzzle, 2 for the one before it, ...)
         behind = np.searchsorted(owner, owner, "right") - np.arange(len(owner))
         pick = behind <= share
         old = cand.compress(pick, 1)
@@ -469,25 +470,25 @@ def solved_grids(rng, N, box):
 
 
 def remove_clues(rng, grid, box, keep):
-    """Full boards grid [L, N] -> puzzles [L, N] with the same single solution.
+    """Full boards grid [L, N] -> puzzles [L, N]: fewer clues, the solution still unique.
 
-    Clues go in random order while the solution stays unique, that is, while no solution has another
-    digit there; down to keep [N] clues, or until all that remain are needed.
+    In random order a clue is removed if no solution has another digit in its cell. It ends at
+    keep [N] clues, or when every clue that is left is needed.
     """
     L, N = grid.shape
     full = np.uint16((1 << box[0] * box[1]) - 1)
     puzzle = grid.copy()
     clues = np.full(N, L)
-    for cell in rng.random((L, N)).argsort(0):
-        # another digit in this cell: if that has a solution, the clue must stay
-        board = np.flatnonzero(clues > keep)
-        trial = puzzle.take(board, 1)
-        trial[cell[board], np.arange(len(board))] ^= full
+    for cell in rng.random((L, N)).argsort(0):          # cell [N]: another one for each board
+        # if another digit in this cell has a solution, the clue must stay
+        index = np.flatnonzero(clues > keep)
+        trial = puzzle.take(index, 1)
+        trial[cell[index], np.arange(len(index))] ^= full
         found = solve(trial, box, limit=1)[0]
 
-        board = board[found == 0]
-        puzzle[cell[board], board] = full
-        clues[board] -= 1
+        index = index[found == 0]
+        puzzle[cell[index], index] = full
+        clues[index] -= 1
     return puzzle
 
 
@@ -500,27 +501,27 @@ class Side:
     """What differs between boards of side 4, 6 and 9."""
 
     box: tuple          # rows and columns of a box
-    spare: tuple        # every second puzzle keeps from .. to clues; (0, 0): only those needed
-    rating: str         # "placements" that `solve` tries, or "blanks"
     easy: int           # the largest easy rating
-    hard: int           # the lowest hard rating; between the two a puzzle is dropped
-    distinct: str       # what no two puzzles share: the solved "grid", or only the "puzzle"
-    augmented: bool     # train on symmetric images? Not where most puzzles of a test are some
+    hard: int           # the lowest hard rating; a puzzle between the two is dropped
     levels: dict
+    rated_by: str = "guesses"       # or "blanks"
+    clues: tuple = (0, 0)           # every second puzzle keeps so many; (0, 0): those needed
+    key: str = "grid"               # no two puzzles share their solved "grid", or the "puzzle"
+    augmented: bool = True          # train on symmetric forms? Not where most of a test are some
 
 
 SIDES = {
     # a toy: there are 288 grids, a model can memorise them, nearly all puzzles fall to singles, and
     # most easy ones of a test are symmetric images of training puzzles
-    4: Side((2, 2), (7, 10), "blanks", 9, 11, "puzzle", False,
-            {"easy": "7 to 10 clues", "hard": "4 or 5 clues"}),
+    4: Side((2, 2), easy=9, hard=11, rated_by="blanks", clues=(7, 10), key="puzzle",
+            augmented=False, levels={"easy": "7 to 10 clues", "hard": "4 or 5 clues"}),
     # 28,200,960 grids, but only 49 up to symmetry: the puzzles of a test are new (a few are images
     # of training puzzles), while their grids are all images of training grids
-    6: Side((2, 3), (0, 0), "placements", 0, 1, "grid", True,
-            {"easy": "singles suffice (rating 0)", "hard": "rating 1 and more"}),
+    6: Side((2, 3), easy=0, hard=1,
+            levels={"easy": "singles suffice (rating 0)", "hard": "rating 1 and more"}),
     # 6.7e21 grids, 5.5e9 up to symmetry
-    9: Side((3, 3), (0, 0), "placements", 4, 5, "grid", True,
-            {"easy": "at most 4 placements tried", "hard": "5 and more"}),
+    9: Side((3, 3), easy=4, hard=5,
+            levels={"easy": "at most 4 guesses", "hard": "5 guesses and more"}),
 }
 
 
@@ -532,8 +533,8 @@ class Sudoku(Task):
         tokens   1030 0400 2003 0020    0 is a blank
         labels   1234 3412 2143 4321    the digits of the solution, clues included
 
-    Rating: the tentative placements of `solve`, which proves that there is one solution; 0 means
-    that naked and hidden singles suffice. Puzzles are minimal, every clue is needed, and no two of
+    Rating: the guesses of `solve`, which proves that there is one solution; 0 means that naked and
+    hidden singles suffice. Puzzles are minimal, every clue is needed, and no two of
     a data set share a solution. Side 4 differs: it is rated by blanks, half of its puzzles are not
     minimal, and solutions recur.
     """
@@ -544,6 +545,7 @@ class Sudoku(Task):
     symbols = ".123456789"
     columns = ("question", "answer", "rating")
     slow = True
+    symmetric = True
 
     def __post_init__(self):
         if self.side not in SIDES:
@@ -569,32 +571,28 @@ class Sudoku(Task):
     def classes(self):
         return self.side + 1        # class 0 is never a label
 
-    @property
-    def chance(self):
-        return f"1/{self.side} of the blank cells (those that count as tokens) would be right"
-
     def scored(self, x):
         return x == 0
 
-    def distinct(self, x, y):
-        return y if SIDES[self.side].distinct == "grid" else x
+    def keys(self, x, y):
+        return y if SIDES[self.side].key == "grid" else x
 
     def chunk(self, seed, index, n=1024):
         side = SIDES[self.side]
         rng = np.random.default_rng((seed, index))
         keep = np.zeros(n, int)
-        keep[::2] = rng.integers(side.spare[0], side.spare[1] + 1, len(keep[::2]))
+        keep[::2] = rng.integers(side.clues[0], side.clues[1] + 1, len(keep[::2]))
 
         # make them, then prove once more that each has one solution
         grid = solved_grids(rng, n, self.box)
         puzzle = remove_clues(rng, grid, self.box, keep)
-        found, solution, placements = solve(puzzle, self.box)
+        found, solution, guesses = solve(puzzle, self.box)
         assert (found == 1).all() and (solution == grid).all(), "not exactly one solution"
 
         y = self.digits(grid)
         x = np.where(np.bitwise_count(puzzle).T == 1, y, 0).astype(np.uint8)
-        ratings = {"placements": placements, "blanks": (x == 0).sum(1)}
-        p = Puzzles(x, y, ratings[side.rating])
+        ratings = {"guesses": guesses, "blanks": (x == 0).sum(1)}
+        p = Puzzles(x, y, ratings[side.rated_by])
         return {"easy": p[p.rating <= side.easy], "hard": p[p.rating >= side.hard]}
 
     def digits(self, grid):
@@ -642,21 +640,24 @@ class Sudoku(Task):
         digit = F.pad(order(n) + 1, (1, 0))                     # 0 stays blank
         return cell.flatten(1), digit
 
+    def image(self, board, cell, digit):
+        """board [B, L] -> digit[board[cell]], see symmetry()."""
+        return digit.gather(1, board.gather(1, cell).long()).to(board.dtype)
+
     def augment(self, x, y, generator):
         if not SIDES[self.side].augmented:
             return x, y
         cell, digit = self.symmetry(len(x), x.device, generator)
-        digit = digit.to(x.dtype)
-        return tuple(digit.gather(1, board.gather(1, cell).long()) for board in (x, y))
+        return self.image(x, cell, digit), self.image(y, cell, digit)
 
     def rename(self, x, generator):
         cell, digit = self.symmetry(len(x), x.device, generator)
-        x2 = digit.gather(1, x.gather(1, cell).long()).to(x.dtype)
+        x2 = self.image(x, cell, digit)
 
         def undo(y2):
             # first the digits, then the cells: cell i of the image was cell[i]
             y = digit.argsort(-1).gather(1, y2.long()).to(y2.dtype)
-            return y.scatter(1, cell, y)
+            return y.scatter(1, cell, y)            # all of y is written: cell is a permutation
 
         return x2, undo
 
@@ -676,29 +677,29 @@ class Sudoku(Task):
         rule = "\n" + "-+-".join(["-" * ((width + 1) * w - 1)] * h) + "\n"
         return rule.join("\n".join(rows[i:i + h]) for i in range(0, n, h))
 
-    def board(self, text):
+    def cells(self, text):
         """The characters of a board -> its tokens [L]."""
         if len(text) != self.side ** 2:
             raise DataError(f"{len(text)} characters, not the {self.side ** 2} of side {self.side}")
         return self.tokens(text.replace("0", "."), self.symbols[:self.side + 1])
 
     def read(self, text):
-        x = self.board("".join(text.split()))
+        x = self.cells("".join(text.split()))
         solution, reasons = self.prove(x[None])
         if reasons[0]:
             raise DataError(reasons[0])
         return x, solution[0]
 
     def convert(self, question, answer):
-        return self.board(question), self.board(answer)
+        return self.cells(question), self.cells(answer)
 
 
 # --------------------------------------------------------------------------------------------------
 # chess: positions and their proof
 
 
-def checks(board):
-    """Yield some legal moves, among them every one that gives check (except castling)."""
+def maybe_checks(board):
+    """Yield legal moves that might give check: all that do are among them, except castling."""
     king = board.king(not board.turn)
     occupied = board.occupied
 
@@ -724,8 +725,8 @@ def solutions(board, depth):
     have no right to it.
     """
     refutations = set()
-    candidates = checks(board) if depth == 1 else board.legal_moves
-    for move in list(candidates):
+    candidates = maybe_checks(board) if depth == 1 else board.legal_moves
+    for move in list(candidates):           # a list: the board changes meanwhile
         board.push(move)
         works = board.is_checkmate() if depth == 1 else loses(board, depth - 1, refutations)
         board.pop()
@@ -748,7 +749,7 @@ def loses(board, depth, refutations):
 
 
 def one_pair(moves):
-    """Are there moves, all from one square to one other? (Promotions count as one.)"""
+    """Do all moves go from one square to one other, and is there one? (Promotions count as one.)"""
     return len({(move.from_square, move.to_square) for move in moves}) == 1
 
 
@@ -791,8 +792,8 @@ def position(rng, source, depth):
                 return board, found
 
 
-def flip(board):
-    """square ^ flip(board): the square as the side to move sees it, its king on files e to h."""
+def view_mask(board):
+    """-> m: square ^ m is the square as the side to move sees it, its king on files e to h."""
     upside_down = 0 if board.turn else 56
     mirrored = 7 if board.king(board.turn) % 8 < 4 else 0
     return upside_down | mirrored
@@ -801,10 +802,10 @@ def flip(board):
 def encode(board):
     """-> tokens x [64], as the side to move sees the board."""
     x = np.zeros(64, np.uint8)
-    view = flip(board)
+    mask = view_mask(board)
     for square, piece in board.piece_map().items():
         own = piece.color == board.turn
-        x[square ^ view] = piece.piece_type if own else piece.piece_type + 6
+        x[square ^ mask] = piece.piece_type if own else piece.piece_type + 6
     return x
 
 
@@ -827,7 +828,10 @@ class Chess(Task):
     encoded: colour, castling and en passant rights (generated positions have none), the piece of a
     promotion. A chunk is 40 mates in one (half from random games, half from random placements) and
     two mates in two (from placements), which take as long to find. All have one solving pair of
-    squares. Rating: the depth of the mate; in files what the file says.
+    squares. Rating: the depth of the mate.
+
+    In files the answer is the second of the Moves, which need not mate and is not proven, and the
+    rating is the file's.
     """
 
     marks: str = "from_to"
@@ -836,7 +840,6 @@ class Chess(Task):
     grid = (8, 8)
     vocab = 13
     symbols = ".PNBRQKpnbrqk"
-    chance = ".969 of the squares would be right, with nothing marked"
     levels = {"easy": "mate in one", "hard": "mate in two"}
     columns = ("FEN", "Moves", "Rating")
     file_limits = (1601, 2000)
@@ -865,8 +868,8 @@ class Chess(Task):
     def label(self, board, move):
         """-> labels y [64] of a move."""
         y = np.zeros(64, np.uint8)
-        y[move.from_square ^ flip(board)] = 1
-        y[move.to_square ^ flip(board)] = self.classes - 1
+        y[move.from_square ^ view_mask(board)] = 1
+        y[move.to_square ^ view_mask(board)] = self.classes - 1
         return y
 
     def chunk(self, seed, index, ones=40, twos=2):
@@ -891,7 +894,7 @@ class Chess(Task):
     def text(self, x):
         return self.board(x).fen()
 
-    def answers(self, x, y):
+    def answer_texts(self, x, y):
         """The marked squares only: (N) is left, [.] is reached; (N) and (.) with "squares"."""
         frames = {1: "({})", 2: "[{}]"}
         return {i: frames[y[i]].format(self.symbols[x[i]]) for i in np.flatnonzero(y).tolist()}
@@ -916,7 +919,7 @@ class Chess(Task):
         y = self.label(board, mates[0]) if one_pair(mates) else None
         return encode(board), y
 
-    def answer(self, text, y):
+    def verdict(self, text, y):
         """The move that labels y [64] mean in the position of a FEN: is it legal, does it mate?"""
         board = chess.Board(text)
         y = np.asarray(y)
@@ -932,7 +935,7 @@ class Chess(Task):
 
         # from before to
         places = sorted(np.flatnonzero(y).tolist(), key=y.__getitem__)
-        squares = [chess.square_name(i ^ flip(board)) for i in places]
+        squares = [chess.square_name(i ^ view_mask(board)) for i in places]
         return f"{'-'.join(squares) or 'nothing marked'}: no legal move"
 
     def convert(self, fen, moves):
@@ -959,26 +962,26 @@ TASKS = {
 # splits
 
 
-def home(level, key, role="both"):
-    """The rule: the split of a puzzle, by its level, its key (Task.distinct) and nothing else.
+def split_of(level, key, role="both"):
+    """-> "train", "val", "easy", "hard" or None (not used); level and key (Task.keys) decide.
 
-    But for files: role is "train" for the first of two, where no tests come from (what would be
-    one is left out, so that a run with the one file alone has the same training set), and "test"
-    for the second.
+    role is "both" unless there are two files. The first, "train", gives no tests: a puzzle that
+    would be one is dropped, so that the training set is that of this file alone. Of the second,
+    "test", every puzzle is a test.
     """
-    split = level
+    split = level               # None: rated above the file's limit
     if level == "easy" and role != "test":
-        split = {0: "val", 1: "easy"}.get(residue(key), "train")
+        split = {0: "val", 1: "easy"}.get(bucket(key), "train")
     if role == "train" and split not in ("train", "val"):
         return None
     return split
 
 
 class Sorter:
-    """Puts puzzles into splits in the order in which they come, up to `need` {split: count}.
+    """Sorts a stream of puzzles into splits, at most need[split] each.
 
-    Of puzzles with one key the first that comes counts. So within a split the order is that of the
-    stream, whatever was asked for, and to ask for more only appends.
+    If several share a key, only the first counts. A split keeps the order of the stream, so that
+    asking for more only appends.
     """
 
     def __init__(self, task, need):
@@ -991,13 +994,13 @@ class Sorter:
     def add(self, puzzles, levels, role="both"):
         """levels: "easy", "hard" or None for each of the puzzles."""
         chosen = {split: [] for split in self.need}
-        keys = self.task.distinct(puzzles.x, puzzles.y)
+        keys = self.task.keys(puzzles.x, puzzles.y)
         for i, (level, key) in enumerate(zip(levels, keys, strict=True)):
             content = key.tobytes()
             if content in self.seen:
                 continue
             self.seen.add(content)
-            split = home(level, key, role)
+            split = split_of(level, key, role)
             if split is None:
                 continue
             self.count[split] += 1
@@ -1011,16 +1014,17 @@ class Sorter:
         """The splits that need more puzzles."""
         return [split for split in self.need if self.count[split] < self.need[split]]
 
-    def report(self, report):
+    def show_progress(self, report):
         kept = sum(min(self.count[split], n) for split, n in self.need.items())
         report(kept, sum(self.need.values()))
 
     def refuse(self, source):
         """There will be no more: say what was asked for and what there is."""
         split = self.short()[0]
+        option = "n_test" if split == "easy" else f"n_{split}"
         there = ", ".join(f"{n:,} {name}" for name, n in self.count.items())
         raise DataError(f"{self.need[split]:,} {split} puzzles asked for, but {source} has only "
-                        f"{there}")
+                        f"{there}: lower {option}")
 
     def splits(self):
         nothing = np.zeros((0, np.prod(self.task.grid)), np.uint8)
@@ -1074,7 +1078,7 @@ def make(task, seed, need, cache):
             chunk = next(stream)
             for level, puzzles in chunk.items():
                 sorter.add(puzzles, [level] * len(puzzles))
-            sorter.report(report)
+            sorter.show_progress(report)
 
             # a task may run out: there are only 16 strings of 4 bits
             brought_some = [sorter.count[split] for split in short] != before
@@ -1100,7 +1104,7 @@ def chunks(task, seed, cache):
     folder = cache / f"{task.name}{options}-seed_{seed}-{CODE}"
     job = partial(cached_chunk, task, seed, folder)
 
-    # the first and all that are cached are made or read here, only the rest is worth processes
+    # chunk 0 and cached ones come from this process; workers are started only for what is left
     for index in itertools.count():
         if index > 0 and not chunk_file(folder, index).exists():
             break
@@ -1133,6 +1137,7 @@ def parallel(job, start):
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(cores, context, worker, (os.getpid(),)) as workers:
         try:
+            # map() begins all that it is given, so it gets a few at a time
             for index in itertools.count(start, 4 * cores):
                 yield from workers.map(job, range(index, index + 4 * cores))
         except BrokenProcessPool:
@@ -1246,7 +1251,8 @@ def read_lines(path):
     except DataError:
         raise
     except Exception as error:      # each decompressor has its own
-        raise DataError(f"{path}: cannot be read after line {line} ({error})") from None
+        where = f" after line {line}" if line else ""
+        raise DataError(f"{path}: cannot be read{where} ({error})") from None
 
 
 def read_rows(path, columns):
@@ -1318,7 +1324,7 @@ def from_files(task, path, need):
             levels = np.where(puzzles.rating < cut, "easy", "hard").astype(object)
             levels[puzzles.rating > top] = None
             sorter.add(puzzles, levels, role)
-            sorter.report(report)
+            sorter.show_progress(report)
 
             # tests are short until the second of two files: the first is read to its end, since no
             # test puzzle may occur anywhere in it
@@ -1365,10 +1371,7 @@ def parse(argv):
 
 
 def run(program, work):
-    """work() -> exit code. What cannot be done is one line on stderr, without a traceback.
-
-    An error that is nobody's mistake keeps its traceback.
-    """
+    """work() -> exit code. A user's mistake is one line on stderr, a bug keeps its traceback."""
     # a cluster's stop is treated like Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -1387,7 +1390,7 @@ def run(program, work):
         return 1
     except OSError as error:
         code = 2
-        message = f"{error.filename or 'writing'}: {error.strerror}; choose another place"
+        message = f"{error.filename or 'writing'}: {error.strerror or error}; choose another place"
     print(f"{program}: {message}", file=sys.stderr)
     return code
 
@@ -1395,7 +1398,7 @@ def run(program, work):
 def print_puzzles(task, args):
     """Print n puzzles of a level: as looped.py --puzzle takes them, as a picture, and solved.
 
-    -> exit code.
+    Easy ones are those of the training set. -> exit code.
     """
     if args.n < 0:
         raise DataError(f"--n {args.n}: must be at least 0")

@@ -60,6 +60,7 @@ import torch.nn.functional as F
 
 import data
 
+# another package named data may come first on the path
 if not hasattr(data, "TASKS"):
     raise ImportError(f"looped.py needs the data.py beside it, but Python found {data.__file__}")
 
@@ -526,11 +527,10 @@ def carry_loss(model, task, cfg, batch, carry):
     until a puzzle has had cfg.loops loops (rounded up to whole optimizer steps); then a new one
     takes its place.
 
-    This is allowed because what counts is the fixed point. Near one that attracts, where the
-    largest |eigenvalue| of dh_{t+1}/dh_t is below 1, the state forgets its path, so that a state of
-    slightly older weights is as good a start as a new one; and the gradient terms that are cut off
-    shrink geometrically, the faster the smaller that eigenvalue is. (Without recall the answer has
-    to depend on the path, and the argument does not hold.)
+    Why old states will do: near a fixed point that attracts, where the spectral radius (the largest
+    |eigenvalue|) of dh_{t+1}/dh_t is below 1, the state forgets its path. So a state of slightly
+    older weights is as good a start as a new one, and the gradient terms that are cut off shrink
+    geometrically. (Without recall the answer has to depend on the path, and this does not hold.)
 
     The task's loss alone does not make a state come to rest: it may go round for ever, between
     places that all give the right answer. So cfg.rest adds the motion of the last loop to the loss.
@@ -547,8 +547,9 @@ def carry_loss(model, task, cfg, batch, carry):
     logits, h, old = model(x, cfg.grad_loops, carry["h"], restart=done)
     loss = task.loss(logits, y)
 
-    # the rest term punishes motion in the last loop: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens;
-    # the denominator is detached, so that a larger h does not lower it
+    # the rest term punishes motion in the last loop: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens
+    # (smooth, where the residual of the tables is the largest of the tokens); the denominator is
+    # detached, so that a larger h does not lower it
     motion = (h - old).square().sum(-1) / h.detach().square().sum(-1)
     loss = loss + cfg.rest * motion.mean()
 
@@ -594,9 +595,9 @@ def compute_loss(model, task, cfg, batch, carry, rng):
 # training
 
 
-def get_batch(task, x_all, y_all, batch, rng):
-    """A random batch, augmented -> x, y [batch, L]."""
-    index = torch.randint(len(x_all), (batch,), generator=rng, device=rng.device)
+def get_batch(task, x_all, y_all, batch_size, rng):
+    """A random batch, augmented -> x, y [batch_size, L]."""
+    index = torch.randint(len(x_all), (batch_size,), generator=rng, device=rng.device)
     return task.augment(x_all[index], y_all[index], rng)
 
 
@@ -606,7 +607,7 @@ def get_lr(cfg, step):
     if cfg.decay == "linear":
         return cfg.lr * min(1.0, warm) * (1 - step / cfg.steps)
     elif cfg.decay == "step":
-        # the paper's: 63 % of the rate after `warmup` steps, nearly all of it later, then one drop
+        # the paper's: 1 - exp(-t / warmup) where others have a ramp, x0.1 after 60 % of the steps
         drop = 0.1 if step >= 0.6 * cfg.steps else 1.0
         return cfg.lr * (1 - math.exp(-warm)) * drop
     else:
@@ -662,10 +663,10 @@ def log(out, record):
         file.write(json.dumps(record) + "\n")
 
 
-def train(cfg, model, sets, out, state=None):
+def train(cfg, model, sets, out, checkpoint=None):
     """Train a model on sets["train"] and save out/ckpt.pt at each validation.
 
-    sets: {"train", "val", ...: (x, y)} on the model's device. state: a checkpoint to go on from;
+    sets: {"train", "val", ...: (x, y)} on the model's device. checkpoint: one to go on from;
     on a CPU, with the same options, the result is bit for bit that of a run which was never
     stopped. Nothing is saved on Ctrl-C: the steps since the last validation are repeated. Raises
     LoopedError if the loss is no longer finite; the last good checkpoint stays.
@@ -684,23 +685,24 @@ def train(cfg, model, sets, out, state=None):
     best_val = -1.0
     best_weights = clone_weights(model)
     carry = None
-    if state is not None:
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        first_step = state["step"]
-        seconds = state["seconds"]
-        best_val = state["best_val"]
-        best_weights = state["best"]
-        if state["rng"].shape == rng.get_state().shape:     # else: saved on another kind of device
-            rng.set_state(state["rng"].cpu())
-        if state["carry"] is not None:
-            carry = {name: tensor.to(device) for name, tensor in state["carry"].items()}
+        first_step = checkpoint["step"]
+        seconds = checkpoint["seconds"]
+        best_val = checkpoint["best_val"]
+        best_weights = checkpoint["best"]
+        # another shape means that it was saved on another kind of device
+        if checkpoint["rng"].shape == rng.get_state().shape:
+            rng.set_state(checkpoint["rng"].cpu())
+        if checkpoint["carry"] is not None:
+            carry = {name: tensor.to(device) for name, tensor in checkpoint["carry"].items()}
     if cfg.train == "carry" and carry is None:
         batch = get_batch(task, x_all, y_all, cfg.batch, rng)
         carry = start_carry(model, cfg, batch)
 
-    def checkpoint(step):
+    def make_checkpoint(step):
         """All that is needed to resume after this many steps."""
         return {
             "config": dataclasses.asdict(cfg), "step": step, "seconds": seconds,
@@ -709,9 +711,9 @@ def train(cfg, model, sets, out, state=None):
         }
 
     if not (out / "ckpt.pt").exists():
-        save_checkpoint(out, checkpoint(first_step))    # from here on the run can be resumed
+        save_checkpoint(out, make_checkpoint(first_step))    # from here on the run can be resumed
     start = time.time()
-    clock = start
+    interval_start = start
     timed_steps = 0
     for step in range(first_step, cfg.steps):
 
@@ -738,19 +740,19 @@ def train(cfg, model, sets, out, state=None):
         if not is_eval_step:
             continue
         loss = loss.item()          # waits for a GPU, so that the time is right
-        step_seconds = (time.time() - clock) / timed_steps
-        seconds += time.time() - clock
+        step_seconds = (time.time() - interval_start) / timed_steps
+        seconds += time.time() - interval_start
         # no puzzle is frozen: a compiled step would be compiled again for each smaller batch
         val = evaluate(model, *sets["val"], [cfg.loops], freeze_below=0.0)[cfg.loops]
         if not math.isfinite(loss) or not math.isfinite(val["residual"]):
-            raise LoopedError(f"step {done} is not finite (loss {loss:.3g}): lower --lr; the "
-                              f"last good checkpoint stays in {out}", exit_code=1)
+            raise LoopedError(f"step {done}: loss or residual is not finite (loss {loss:.3g}): "
+                              f"lower --lr; the last good checkpoint stays in {out}", exit_code=1)
 
         # keep the best on validation, of equal ones the latest; the test sets are never used
         if val["exact"] >= best_val:
             best_val = val["exact"]
             best_weights = clone_weights(model)
-        save_checkpoint(out, checkpoint(done))
+        save_checkpoint(out, make_checkpoint(done))
         log(out, {
             "step": done, "loss": loss, "exact": val["exact"], "residual": val["residual"],
             "grad_norm": grad_norm.item(), "lr": lr, "ms": 1e3 * step_seconds,
@@ -758,12 +760,12 @@ def train(cfg, model, sets, out, state=None):
         left = (time.time() - start) / (done - first_step) * (cfg.steps - done)
         print(f"step {done:6d} | loss {loss:.4f} | val exact {val['exact']:.3f} | lr {lr:.1e} "
               f"| {1e3 * step_seconds:4.0f} ms | {data.clock(left)} left", flush=True)
-        clock = time.time()
+        interval_start = time.time()
         timed_steps = 0
 
 
 def read_checkpoint(path, device="cpu"):
-    """A run's folder or its ckpt.pt -> state, model with the best weights. Raises LoopedError."""
+    """A run's folder or its ckpt.pt -> checkpoint, model with the best weights; or LoopedError."""
     path = Path(path)
     if path.is_dir():
         path = path / "ckpt.pt"
@@ -774,21 +776,21 @@ def read_checkpoint(path, device="cpu"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise ValueError("a checksum is wrong")
-        state = torch.load(path, map_location=device, weights_only=True)
-        cfg = Config(**state["config"])
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        cfg = Config(**checkpoint["config"])
         # a model without memory of its own: the shapes are compared before anything is allocated
         with torch.device("meta"):
             model = LoopedTransformer(cfg)
-        model.load_state_dict(state["best"], assign=True)
+        model.load_state_dict(checkpoint["best"], assign=True)
         if not all(weight.isfinite().all() for weight in model.parameters()):
             raise ValueError("weights are not finite")
-        if not isinstance(state["step"], int) or not 0 <= state["step"]:
-            raise ValueError(f"step {state['step']!r}")
+        if not isinstance(checkpoint["step"], int) or not 0 <= checkpoint["step"]:
+            raise ValueError(f"step {checkpoint['step']!r}")
     except Exception as error:      # torch raises a dozen kinds for truncated and foreign files
         reason = " ".join(str(error).split())
         raise LoopedError(f"{path}: broken or not a checkpoint of looped.py "
                           f"({reason:.200})") from None
-    return state, model.to(device).eval().requires_grad_(False)
+    return checkpoint, model.to(device).eval().requires_grad_(False)
 
 
 def load(path, device="cpu"):
@@ -841,15 +843,15 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
 
 
 def evaluate(model, x, y, loops, progress=None, freeze_below=ROUNDING):
-    """Accuracy and motion of puzzles x, y [N, L] int64 after each of the counts `loops`, a list.
+    """Loop puzzles x, y [N, L] int64 and measure after each loop count t of the list `loops`.
 
-    A puzzle that moves less than freeze_below is looped no more, so that its residual2 is 0.
-    -> {count: {"exact":      share of puzzles with every token right (those that are not scored,
-                              such as the clues of a sudoku, have known labels too),
-                "token":      share of scored tokens that are right, mean over puzzles,
-                "residual":   largest |h_{t+1} - h_t| / |h_t| of a token, mean over puzzles,
-                "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
-                "norm_ratio": |h_t| / |h_1|, mean over puzzles}}
+    -> {t: {"exact":      share of puzzles with every token right (those that are not scored, such
+                          as the clues of a sudoku, have known labels too),
+            "token":      share of scored tokens that are right, mean over puzzles,
+            "residual":   largest |h_{t+1} - h_t| / |h_t| of a token, mean over puzzles,
+            "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
+            "norm_ratio": |h_t| / |h_1|, mean over puzzles}}
+    A puzzle that moves less than freeze_below is looped no more: its residual2 is then 0.
     """
     means, *_ = evaluate_and_halt(model, x, y, loops, progress, freeze_below)
     return means
@@ -873,7 +875,7 @@ def evaluate_and_halt(model, x, y, loops, progress=None, freeze_below=ROUNDING, 
 
     size = chunk_size(x)
     for start in range(0, len(x), size):
-        chunk = slice(start, start + size)
+        chunk = slice(start, start + size)      # a slice: x[chunk][...] = writes through to x
         scored = model.task.scored(x[chunk])
         kept = {}
 
@@ -930,13 +932,12 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
 
 @torch.inference_mode()
 def retry(model, x, tries, generator, progress=None, **halting):
-    """Puzzles x [N, L] that do not converge are retried in a symmetric form, `tries` times in all.
+    """solve(), and again, in a random symmetric form, for what did not converge: `tries` in all.
 
     For example a board with its digits renamed and its rows and columns in another order; no labels
-    are needed. progress(tried, tries) is called after each but the last; halting: options of
-    solve().
-    The first answer that converged counts, or else the first of all.
+    are needed. The first answer that converged counts, or else that of the first try.
     (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
+    halting: options of solve(), for every try; progress(tried, tries) is called before each retry.
     -> labels [N, L], loops used in all tries [N], converged [N].
     """
     logits, used, converged = solve(model, x, **halting)
@@ -955,8 +956,9 @@ def retry(model, x, tries, generator, progress=None, **halting):
     return labels, used, converged
 
 
-def wilson(rate, n, z=1.96):
+def wilson(rate, n):
     """The 95 % interval of a rate that was seen in n trials (Wilson, 1927)."""
+    z = 1.96
     middle = rate + z * z / (2 * n)
     half = z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
     low = max(0.0, (middle - half) / (1 + z * z / n))
@@ -965,9 +967,10 @@ def wilson(rate, n, z=1.96):
 
 
 def report(cfg, model, sets):
-    """Evaluate both test sets, print the table -> the content of eval.json."""
-    # {"easy", "hard": what that means} by cfg: --hard_bits may be another than in training
+    """Evaluate both test sets and print the table -> the content of eval.json."""
+    # from cfg, not from the model: --hard_bits may differ from training
     levels = data.levels(cfg.make_task(), cfg.files)
+    # 1, 2, 4, ... and eval_loops
     counts = sorted({2 ** i for i in range(cfg.eval_loops.bit_length())} | {cfg.eval_loops})
     result = {"config": dataclasses.asdict(cfg), "halting": {}}
     began = time.time()
@@ -991,32 +994,34 @@ def report(cfg, model, sets):
             "converged_and_right": (converged & right).double().mean().item(),
         }
     result["eval_minutes"] = (time.time() - began) / 60
+    print_table(cfg, levels, counts, result)
+    return result
 
-    # the table: what is solved, and how far a loop still moves the state
+
+def print_table(cfg, levels, counts, result):
+    """What is solved after each loop count, and how far one more loop still moves the state."""
     print("\n loops |  easy solved  residual |  hard solved  residual")
     for t in counts:
         row = f"{t:6}"
         for level in levels:
             row += " | {exact:12.3f}  {residual:8.1e}".format(**result[level][t])
         print(row)
-    for level in levels:
-        n = len(sets[level][0])
-        solved = result[level][cfg.eval_loops]["exact"]
-        low, high = wilson(solved, n)
-        best = max(counts, key=lambda t, level=level: result[level][t]["exact"])
+    for level, meaning in levels.items():
         halt = result["halting"][level]
-        print(f"\n{level}: {levels[level]}, {n} puzzles\n"
+        exact = {t: result[level][t]["exact"] for t in counts}
+        solved = exact[cfg.eval_loops]
+        low, high = wilson(solved, halt["n"])
+        best = max(counts, key=exact.get)
+        print(f"\n{level}: {meaning}, {halt['n']} puzzles\n"
               f"  {solved:.3f} solved at {cfg.eval_loops} loops (95 % interval {low:.3f} to "
               f"{high:.3f}; most at {best} loops)\n"
               f"  {halt['exact']:.3f} of {halt['n']} solved when each stops by itself (tries: "
               f"{cfg.tries}): {halt['converged']:.0%} converge, {halt['loops']:.0f} loops")
-    print(f"\nby chance {model.task.chance}")
-    return result
 
 
 @torch.inference_mode()
 def watch(cfg, model):
-    """Show how the model solves one puzzle: the user's, or a new hard one.
+    """Show how the model solves one puzzle: the user's, or the first hard one of the run's seed.
 
     Prints the prediction at loops 1, 2, 4, ... until the state converges.
     """
@@ -1045,8 +1050,8 @@ def watch(cfg, model):
         shown = labels
         if converged:
             break
-    verdict = f"converged after {t} loops" if converged else f"did not converge in {t} loops"
-    print(f"\n{verdict}; {task.answer(text, labels)}")
+    ending = f"converged after {t} loops" if converged else f"did not converge in {t} loops"
+    print(f"\n{ending}; {task.verdict(text, labels)}")
 
 
 def mark_token(labels, shown, y, i, text):
@@ -1061,7 +1066,7 @@ def mark_token(labels, shown, y, i, text):
 # -----------------------------------------------------------------------------
 # command line
 
-# a resumed run keeps what shapes the model, the data and the batches; these may change
+# a resumed run keeps its model, training data and batches; these may change
 MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "lr", "clip", "eval_loops", "eval_every",
               "tol", "damping", "tries", "device", "dtype", "compile")
 # a finished run may also be tested on other puzzles
@@ -1101,7 +1106,7 @@ def help_text(field):
 
 
 def configure(given):
-    """The options that were given -> Config, and the checkpoint's (state, model) or (None, None).
+    """The options that were given -> Config, and checkpoint, model of --resume or None, None.
 
     Raises LoopedError for options that contradict each other, the task or the checkpoint.
     """
@@ -1109,13 +1114,14 @@ def configure(given):
         if value == "":
             raise LoopedError(f"--{name}: is empty; give a value or leave the option out")
     base = {}
-    state = None
+    checkpoint = None
     model = None
     if "resume" in given:
         if "preset" in given:
             raise LoopedError("--preset is for new runs: a resumed one keeps its options")
-        state, model = read_checkpoint(given["resume"])
-        base = {name: value for name, value in state["config"].items() if name not in OF_ONE_CALL}
+        checkpoint, model = read_checkpoint(given["resume"])
+        base = {name: value for name, value in checkpoint["config"].items()
+                if name not in OF_ONE_CALL}
     elif given.get("preset") == "paper":
         task = given.get("task", "prefix_sums")
         if task in data.TASKS and task not in PAPER_PRESET:
@@ -1124,30 +1130,30 @@ def configure(given):
     cfg = Config(**(base | given))
 
     may_change = MAY_CHANGE
-    if state is not None and state["step"] == cfg.steps:
+    if checkpoint is not None and checkpoint["step"] == cfg.steps:
         may_change = MAY_CHANGE_AT_THE_END
     for field in dataclasses.fields(Config):
         name, tasks = field.name, field.metadata["tasks"]
         if name in given and tasks and cfg.task not in tasks:
             raise LoopedError(f"--{name}: is an option of {', '.join(tasks)}, not of {cfg.task}")
-        if state is not None and name not in may_change + OF_ONE_CALL:
+        if checkpoint is not None and name not in may_change + OF_ONE_CALL:
             if getattr(cfg, name) != getattr(model.cfg, name):
                 raise LoopedError(f"--{name} {given[name]}: the run was made with "
                                   f"{getattr(model.cfg, name)}; leave the option out")
-    if cfg.watch and state is None:
+    if cfg.watch and checkpoint is None:
         raise LoopedError("--watch needs a trained model: --resume RUN")
     if cfg.puzzle is not None and not cfg.watch:
         raise LoopedError("--puzzle is for --watch: add that")
     for name in ("rest", "grad_loops"):
         if name in given and cfg.train != "carry":
             raise LoopedError(f"--{name} is for --train carry: leave the option out")
-    if cfg.tries > 1 and type(cfg.make_task()).rename is data.Task.rename:
+    if cfg.tries > 1 and not cfg.make_task().symmetric:
         raise LoopedError(f"--tries {cfg.tries}: {cfg.task} has no symmetry, so it must be 1")
-    if state is not None and cfg.steps < state["step"]:
-        raise LoopedError(f"--steps {cfg.steps}: the run has done {state['step']} already")
-    if state is not None and cfg.steps > state["step"] and "optimizers" not in state:
+    if checkpoint is not None and cfg.steps < checkpoint["step"]:
+        raise LoopedError(f"--steps {cfg.steps}: the run has done {checkpoint['step']} already")
+    if checkpoint is not None and cfg.steps > checkpoint["step"] and "optimizers" not in checkpoint:
         raise LoopedError(f"{cfg.resume}: holds weights only, training cannot go on from them")
-    return cfg, state, model
+    return cfg, checkpoint, model
 
 
 def pick_device(cfg):
@@ -1183,7 +1189,7 @@ def get_splits(cfg, device, train=True):
     }
 
 
-def home_of(resume):
+def run_folder(resume):
     """-> the folder of the run that a checkpoint belongs to."""
     path = Path(resume)
     if path.is_dir():
@@ -1193,19 +1199,19 @@ def home_of(resume):
     return Path("out", path.stem)       # a file of weights, such as those in assets/
 
 
-def own_folder(cfg):
-    """-> the folder to write to, made if it is new. Raises LoopedError if it holds another run."""
+def claim_folder(cfg):
+    """-> the folder to write to. Its log.jsonl claims it; LoopedError if another run has it."""
     task = f"sudoku{cfg.side}" if cfg.task == "sudoku" else cfg.task
     out = Path("out", f"{task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}")
     if cfg.out is not None:
         out = Path(cfg.out)
     elif cfg.resume is not None:
-        out = home_of(cfg.resume)
+        out = run_folder(cfg.resume)
     out.mkdir(parents=True, exist_ok=True)
 
     here = out.resolve()
-    goes_on = cfg.resume is not None and Path(cfg.resume).resolve() in (here, here / "ckpt.pt")
-    if not goes_on:
+    resumes = cfg.resume is not None and Path(cfg.resume).resolve() in (here, here / "ckpt.pt")
+    if not resumes:
         try:
             open(out / "log.jsonl", "x").close()    # of two runs at the same time, one succeeds
         except FileExistsError:
@@ -1217,7 +1223,7 @@ def own_folder(cfg):
     return out
 
 
-def release(out):
+def unclaim_folder(out):
     """Give up a folder in which nothing was saved, so that the same command works again."""
     if not (out / "ckpt.pt").exists():
         (out / "log.jsonl").unlink(missing_ok=True)
@@ -1247,27 +1253,28 @@ def describe(cfg, model, sets, out, device):
               "torch": torch.__version__, "commit": commit})
 
 
-def run_training(cfg, state):
+def run_training(cfg, checkpoint):
     """Train a new model, or go on with one, and evaluate it at the end."""
     device = pick_device(cfg)
-    out = own_folder(cfg)
+    out = claim_folder(cfg)
     try:
         sets = get_splits(cfg, device)
         torch.manual_seed(cfg.seed)
         model = LoopedTransformer(cfg).to(device)
         if cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda"):
             torch._dynamo.config.cache_size_limit = 64      # one graph per shape and gradient mode
-            torch.compiler.assume_constant_result(constant_tables)     # marks the function
+            # compiled code takes the tables as they are, and does not look into their cache
+            torch.compiler.assume_constant_result(constant_tables)
             # it recommends TF32, whose three digits would hide whether a state is at rest
             warnings.filterwarnings("ignore", message="TensorFloat32")
             model.step = torch.compile(model.step, dynamic=False)
 
         describe(cfg, model, sets, out, device)
-        train(cfg, model, sets, out, state)
-        state, model = read_checkpoint(out, device)
-        save_evaluation(cfg, state, model, sets, out)
+        train(cfg, model, sets, out, checkpoint)
+        checkpoint, model = read_checkpoint(out, device)
+        save_evaluation(cfg, checkpoint, model, sets, out)
     except BaseException as error:
-        release(out)
+        unclaim_folder(out)
         if isinstance(error, KeyboardInterrupt) and (out / "ckpt.pt").exists():
             again = f"python looped.py --resume {shlex.quote(str(out))}"
             raise LoopedError(f"stopped; resume from the last validation with: {again}",
@@ -1275,33 +1282,33 @@ def run_training(cfg, state):
         raise
 
     run = shlex.quote(str(out))
-    print("\nwatch it solve a new puzzle, or yours with --puzzle:\n"
+    print("\nwatch it solve a hard puzzle, or yours with --puzzle:\n"
           f"  python looped.py --watch --resume {run}\n"
           f"draw the curve:\n  python assets/results.py curve {run}")
 
 
-def run_evaluation(cfg, state, model):
+def run_evaluation(cfg, checkpoint, model):
     """Evaluate a finished run again; its own eval.json is kept, --out DIR saves the new one."""
     device = pick_device(cfg)
     sets = get_splits(cfg, device, train=False)
-    if cfg.out is None and (home_of(cfg.resume) / "eval.json").exists():
+    if cfg.out is None and (run_folder(cfg.resume) / "eval.json").exists():
         report(cfg, model.to(device), sets)
         print("the run's eval.json stays as it was; --out DIR saves this table")
         return
-    out = own_folder(cfg)
+    out = claim_folder(cfg)
     try:
-        save_evaluation(cfg, state, model.to(device), sets, out)
+        save_evaluation(cfg, checkpoint, model.to(device), sets, out)
     except BaseException:
-        release(out)
+        unclaim_folder(out)
         raise
 
 
-def save_evaluation(cfg, state, model, sets, out):
+def save_evaluation(cfg, checkpoint, model, sets, out):
     """Print the final table and write out/eval.json."""
     result = report(cfg, model, sets)
     result["parameters"] = sum(p.numel() for p in model.parameters())
-    result["steps"] = state["step"]
-    result["minutes"] = state["seconds"] / 60
+    result["steps"] = checkpoint["step"]
+    result["minutes"] = checkpoint["seconds"] / 60
     data.write_atomic(out / "eval.json", json.dumps(result, indent=1).encode())
     print(f"trained {result['minutes']:.1f} min, evaluated {result['eval_minutes']:.1f} min; "
           f"saved in\n{out}")
@@ -1311,22 +1318,22 @@ def execute(argv):
     """Do what a command line asks for -> exit code 0. Raises LoopedError."""
     given = parse(argv)
     try:
-        cfg, state, model = configure(given)
+        cfg, checkpoint, model = configure(given)
         if cfg.watch:
             watch(cfg, model)
-        elif state is not None and state["step"] == cfg.steps:
-            run_evaluation(cfg, state, model)
+        elif checkpoint is not None and checkpoint["step"] == cfg.steps:
+            run_evaluation(cfg, checkpoint, model)
         else:
-            run_training(cfg, state)
+            run_training(cfg, checkpoint)
     except (MemoryError, RuntimeError) as error:
         # a CPU that is out of memory raises a plain RuntimeError; others keep their traceback
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            if "allocate" not in str(error):
-                raise
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "allocate" not in str(error):
+            raise
         costly = [name for name in ("batch", "width", "n_train", "hard_bits") if name in given]
         large = ", ".join(f"--{name} {given[name]}" for name in costly)
-        raise LoopedError(f"out of memory: lower {large or '--batch or --width'} (and choose "
-                          "another --out, if the run had begun)", exit_code=1) from None
+        raise LoopedError(f"out of memory: lower {large or '--batch or --width'}; if the run had "
+                          "begun, its folder is taken: choose another --out", exit_code=1) from None
     return 0
 
 

@@ -832,7 +832,7 @@ def test_watch_calls_nothing_right_where_the_truth_is_unknown(monkeypatch, capsy
     parse = data.PrefixSums.parse
     with monkeypatch.context() as patch:
         patch.setattr(data.PrefixSums, "parse", lambda self, text: (parse(self, text)[0], None))
-        patch.setattr(data.PrefixSums, "answer", lambda self, text, y: "no idea")
+        patch.setattr(data.PrefixSums, "verdict", lambda self, text, y: "no idea")
         rows, _ = watched(monkeypatch, capsys, [[0, 1, 0, 0, 1]] * 3)
     assert rows == ["1~0~0~1~", "1=0=0=1=", "1=0=0=1="]
 
@@ -1547,7 +1547,7 @@ def test_the_commands_of_the_readme_do_not_share_a_folder(home):
     text = (Path(looped.__file__).parent / "README.md").read_text()
     commands = re.findall(r"^python looped.py (--task.*?) *(?:#.*)?$", text, re.M)
     assert len(commands) > 4
-    folders = {looped.own_folder(looped.configure(looped.parse(shlex.split(command)))[0])
+    folders = {looped.claim_folder(looped.configure(looped.parse(shlex.split(command)))[0])
                for command in commands}
     assert len(folders) == len(commands)
 
@@ -1770,7 +1770,7 @@ def toy(**members):
         return {"easy": p[p.rating < 4], "hard": p[p.rating >= 4]}
 
     whole = {
-        "name": "toy", "grid": (8,), "vocab": 2, "classes": 2, "symbols": "01", "chance": "half",
+        "name": "toy", "grid": (8,), "vocab": 2, "classes": 2, "symbols": "01",
         "levels": {"easy": "few ones", "hard": "many"}, "chunk": chunk,
         "draw": lambda self, x, answers: self.text(x), "read": lambda self, text: (None, None),
     }
@@ -1828,7 +1828,7 @@ def test_to_ask_for_more_moves_nothing_between_splits(name, tmp_path, cache):
 
     # all that is trained on in one request is tested on in none
     after = data.splits(task, 5, *large, path, cache)
-    keys = [set(rows(task.distinct(p.x, p.y))) for p in after.values()]
+    keys = [set(rows(task.keys(p.x, p.y))) for p in after.values()]
     assert sum(map(len, keys)) == len(set.union(*keys)) == sum(large)
 
 
@@ -1846,7 +1846,7 @@ def test_a_small_population_is_refused_with_what_there_is(bits, tmp_path):
     task = replace(BITS, bits=bits, hard_bits=bits)
     with pytest.raises(data.DataError, match="500 train puzzles asked for.*only ") as refusal:
         data.splits(task, 0, 500, 0, 0, 0, cache=tmp_path)
-    words = str(refusal.value).replace(",", "").split()
+    words = re.sub("[,:]", "", str(refusal.value)).split()
     there = {
         split: int(words[words.index(split, 8) - 1]) for split in ("train", "val", "easy", "hard")
     }
@@ -1878,7 +1878,7 @@ def test_long_strings_are_not_made_of_the_short_ones():
 def test_splits_are_no_parity_classes_of_the_bits():
     """With a CRC for the checksum, val would be the strings with four certain parities."""
     x = np.random.default_rng(0).integers(0, 2, (4000, 16), np.uint8)
-    chosen = x[[data.home("easy", row) == "val" for row in x]]
+    chosen = x[[data.split_of("easy", row) == "val" for row in x]]
     assert 180 < len(chosen) < 320
     parities = chosen @ np.random.default_rng(1).integers(0, 2, (16, 500)) % 2
     assert abs(parities.mean(0) - 0.5).max() < 0.2
@@ -1886,16 +1886,16 @@ def test_splits_are_no_parity_classes_of_the_bits():
 
 def test_a_sixteenth_of_the_easy_puzzles_is_val_and_another_is_the_test():
     x = np.random.default_rng(0).integers(0, 2, (8000, 32), np.uint8)
-    split = [data.home("easy", row) for row in x]
+    split = [data.split_of("easy", row) for row in x]
     # 500 are expected in each, with a standard deviation of 22
     assert abs(split.count("val") - 500) < 110 and abs(split.count("easy") - 500) < 110
     assert split.count("train") == 8000 - split.count("val") - split.count("easy")
 
     # the first of two files trains and validates, the second tests, and hard ones are tests only
-    assert {data.home("easy", row, "train") for row in x} == {"train", "val", None}
-    assert {data.home("easy", row, "test") for row in x} == {"easy"}
-    assert {data.home("hard", row) for row in x} == {"hard"}
-    assert {data.home("hard", row, "train") for row in x} == {None}
+    assert {data.split_of("easy", row, "train") for row in x} == {"train", "val", None}
+    assert {data.split_of("easy", row, "test") for row in x} == {"easy"}
+    assert {data.split_of("hard", row) for row in x} == {"hard"}
+    assert {data.split_of("hard", row, "train") for row in x} == {None}
 
 
 @pytest.mark.parametrize("numbers", [(-1, 0, 0, 0, 0), (0, -1, 0, 0, 0), (0, 0, 0, 0, -1)])
@@ -2000,7 +2000,7 @@ def test_labels_of_renamed_puzzles_come_back(made, side):
 @pytest.mark.parametrize("task", [BITS, CHESS])
 def test_strings_and_chess_have_no_such_symmetry(made, task):
     x = torch.tensor(made["chess" if task is CHESS else "bits"]["train"].x)
-    assert task.rename(x, torch.Generator()) is None
+    assert not task.symmetric
     assert task.augment(x, x, torch.Generator())[0] is x
 
 
@@ -2009,7 +2009,7 @@ def test_only_blanks_are_scored(made):
     assert (SUDOKU[6].scored(x) == (x == 0)).all() and CHESS.scored(x).all()
 
 
-def test_rating_counts_placements_and_two_solutions_are_found():
+def test_rating_counts_guesses_and_two_solutions_are_found():
     full = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
     given = (1 << full - 1).astype(np.uint16)[:, None]
     blank = np.isin(np.arange(16), (0, 1, 8, 9))[:, None]
@@ -2133,7 +2133,7 @@ def test_the_index_of_a_chunk_the_seed_and_nothing_else_matter():
 )
 def test_checks_are_all_moves_that_give_check_but_castling(fen):
     board = chess.Board(fen)
-    kept = set(data.checks(board))
+    kept = set(data.maybe_checks(board))
     plain = {m for m in board.legal_moves if board.gives_check(m) and not board.is_castling(m)}
     assert plain <= kept <= set(board.legal_moves)
     assert {(m.from_square, m.to_square) for m in data.solutions(board, 1)} == forced(board, 1)
@@ -2200,8 +2200,8 @@ def test_promotions_count_as_one_move():
     board = chess.Board("7k/P7/6K1/8/8/8/8/8 w - - 0 1")
     x, y = CHESS.parse(board.fen())
     assert marked(y) == (chess.A7, chess.A8)
-    assert CHESS.answer(board.fen(), y).startswith("a8=")
-    assert "mate" in CHESS.answer(board.fen(), y) and "no mate" not in CHESS.answer(board.fen(), y)
+    verdict = CHESS.verdict(board.fen(), y)
+    assert verdict.startswith("a8=") and "mate" in verdict and "no mate" not in verdict
 
 
 def test_two_pieces_that_mate_on_one_square_are_two_answers():
@@ -2227,7 +2227,7 @@ def test_chess_is_seen_by_the_side_to_move():
         for move in rng.sample(list(board.legal_moves), min(3, board.legal_moves.count())):
             y = CHESS.label(board, move)
             start, _ = marked(y)
-            assert f"({move.uci()[:4]}" in CHESS.answer(board.fen(), y)
+            assert f"({move.uci()[:4]}" in CHESS.verdict(board.fen(), y)
             assert decode(x.tolist()).piece_at(start).color == chess.WHITE
             assert decode(x.tolist()).piece_type_at(start) == board.piece_type_at(move.from_square)
         board.push(rng.choice(list(board.legal_moves)))
@@ -2277,7 +2277,7 @@ def test_an_answer_says_whether_a_move_is_legal_and_mates(task):
         ("g6g7", "mate"), ("g6g1", "no mate"), ("g6h8", "no legal move"),
         ("a1a2", "a1-a2: no legal move"),
     ):
-        line = task.answer(fen, task.label(board, chess.Move.from_uci(move)))
+        line = task.verdict(fen, task.label(board, chess.Move.from_uci(move)))
         assert words in line and ("no" in words or "no" not in line)
 
 
@@ -2693,8 +2693,8 @@ def test_typed_puzzles_round_trip(made, key):
     assert picture.count("<") == {"chess": 2, "squares": 2, "bits": 32}.get(key, (x == 0).sum())
     assert symbols_of(picture) == symbols_of(task.show(x, y)) != symbols_of(task.show(x))
     assert picture.isascii()
-    assert ("mate" if key in ("chess", "squares") else "solved") in task.answer(task.text(x), y)
-    assert task.answer(task.text(x), y[::-1]) != task.answer(task.text(x), y)
+    assert ("mate" if key in ("chess", "squares") else "solved") in task.verdict(task.text(x), y)
+    assert task.verdict(task.text(x), y[::-1]) != task.verdict(task.text(x), y)
 
 
 def test_a_mark_is_given_the_token_and_its_text():

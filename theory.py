@@ -775,9 +775,9 @@ def i2(seed, quick, recall_scale=0.0):
 
     Linear loops, whose dominant eigenvalue lambda is positive, negative or complex:
       |lambda| < 1    all inputs end in one limit
-      |lambda| > 1    none converges
-      lambda = 1      e is kept, but the fixed points are a continuum (the control); 1 +- 1e-4 is
-                      enough to undo it
+      |lambda| >= 1   none converges, but for
+      lambda = 1      e is kept, but then the fixed points are a continuum (the control), and
+                      1 +- 1e-4 is enough to undo it
     tanh networks, symmetric or not, along a path of inputs: the limit is a staircase, and its steps
     are flat however fine the path is.
     """
@@ -1326,7 +1326,7 @@ def trained(path, inputs):
 
 def hard_accuracy(path):
     """Exact accuracy on hard puzzles at the largest loop count of a run's eval.json, or None."""
-    evaluation = looped.home_of(path) / "eval.json"
+    evaluation = looped.run_folder(path) / "eval.json"
     if not evaluation.exists():
         return None
     hard = json.loads(evaluation.read_text())["hard"]
