@@ -1128,32 +1128,45 @@ def configure(given):
             raise LoopedError(f"--preset paper: {task} is no task of the paper")
         base = PAPER_PRESET.get(task, {})
     cfg = Config(**(base | given))
+    check_options(given, cfg)
+    if checkpoint is not None:
+        check_resume(cfg, checkpoint, model.cfg)
+    return cfg, checkpoint, model
 
-    may_change = MAY_CHANGE
-    if checkpoint is not None and checkpoint["step"] == cfg.steps:
-        may_change = MAY_CHANGE_AT_THE_END
+
+def check_options(given, cfg):
+    """Raises LoopedError if an option that was given has no meaning beside the others."""
     for field in dataclasses.fields(Config):
-        name, tasks = field.name, field.metadata["tasks"]
+        name = field.name
+        tasks = field.metadata["tasks"]
         if name in given and tasks and cfg.task not in tasks:
             raise LoopedError(f"--{name}: is an option of {', '.join(tasks)}, not of {cfg.task}")
-        if checkpoint is not None and name not in may_change + OF_ONE_CALL:
-            if getattr(cfg, name) != getattr(model.cfg, name):
-                raise LoopedError(f"--{name} {given[name]}: the run was made with "
-                                  f"{getattr(model.cfg, name)}; leave the option out")
-    if cfg.watch and checkpoint is None:
-        raise LoopedError("--watch needs a trained model: --resume RUN")
-    if cfg.puzzle is not None and not cfg.watch:
-        raise LoopedError("--puzzle is for --watch: add that")
     for name in ("rest", "grad_loops"):
         if name in given and cfg.train != "carry":
             raise LoopedError(f"--{name} is for --train carry: leave the option out")
+    if cfg.watch and cfg.resume is None:
+        raise LoopedError("--watch needs a trained model: --resume RUN")
+    if cfg.puzzle is not None and not cfg.watch:
+        raise LoopedError("--puzzle is for --watch: add that")
     if cfg.tries > 1 and not cfg.make_task().symmetric:
         raise LoopedError(f"--tries {cfg.tries}: {cfg.task} has no symmetry, so it must be 1")
-    if checkpoint is not None and cfg.steps < checkpoint["step"]:
+
+
+def check_resume(cfg, checkpoint, old):
+    """Raises LoopedError if cfg asks of a run with the Config `old` what it cannot give."""
+    may_change = MAY_CHANGE
+    if checkpoint["step"] == cfg.steps:
+        may_change = MAY_CHANGE_AT_THE_END
+    for field in dataclasses.fields(Config):
+        new = getattr(cfg, field.name)
+        made_with = getattr(old, field.name)
+        if field.name not in may_change + OF_ONE_CALL and new != made_with:
+            raise LoopedError(f"--{field.name} {new}: the run was made with {made_with}; "
+                              "leave the option out")
+    if cfg.steps < checkpoint["step"]:
         raise LoopedError(f"--steps {cfg.steps}: the run has done {checkpoint['step']} already")
-    if checkpoint is not None and cfg.steps > checkpoint["step"] and "optimizers" not in checkpoint:
+    if cfg.steps > checkpoint["step"] and "optimizers" not in checkpoint:
         raise LoopedError(f"{cfg.resume}: holds weights only, training cannot go on from them")
-    return cfg, checkpoint, model
 
 
 def pick_device(cfg):
