@@ -1029,7 +1029,7 @@ def halting_figure(out):
     left.legend(frameon=False, fontsize=8)
 
     model, cfg = looped.load(ASSETS / "sudoku9.pt")
-    sets = data.splits(model.task, cfg.seed, cfg.n_train, cfg.n_val, cfg.n_test, cfg.n_hard)
+    sets = data.splits(model.task, cfg.seed, 0, 0, cfg.n_test, cfg.n_hard)
     x = torch.as_tensor(np.concatenate([sets[level].x for level in LEVELS])).long()
     rating = np.concatenate([sets[level].rating for level in LEVELS])
     found = looped.solve(model, x, max_loops=512, damping=cfg.damping)
