@@ -843,6 +843,26 @@ def forgetting(norm, seed):
     return slope([math.log(k) for k in marks], torch.stack(sizes, 1))
 
 
+def rate_of_forgetting(f, h, loops, seed):
+    """-> the rate at which d_k = dh_k/dh_0 v dies on its way to the fixed point h, and log rho(J*).
+
+    For one input. None instead of the rate, if there are too few loops that show it.
+    """
+    J = jacobian(f, h)[0]
+    left = left_eigenvector(J)
+    path, size, direction = tangent(f, loops, seed)
+
+    # z_k is the part of d_k along the left eigenvector; what the rate neglects, and the noise of
+    # the differences, are to be small against it
+    part = (direction.to(left.dtype) @ left).abs() / left.norm()
+    z = size + part.log()
+    neglected = (path - h).norm(dim=1) + 1e-10
+    k = (neglected < 1e-5 * part).nonzero()[:, 0]
+    if len(k) < 20:
+        return None, radius(J).log()
+    return slope(k, z[k]), radius(J).log()
+
+
 @claim("I3", "input-dependence")
 def i3(seed, quick, norm="outer", recall="none"):
     """The real block without recall forgets: under outer norm at the rate log rho(J*), else slowly.
@@ -878,17 +898,9 @@ def i3(seed, quick, norm="outer", recall="none"):
         tokens = per_token(h, f)
         spreads.append((tokens - tokens[:, :1]).abs().max())
 
-        # z_k is the part of dh_k/dh_0 v along the left eigenvector; what the rate neglects, and the
-        # noise of the differences, are to be small against it
-        J = jacobian(f, h)[0]
-        left = left_eigenvector(J)
-        path, size, direction = tangent(f, loops, seed)
-        part = (direction.to(left.dtype) @ left).abs() / left.norm()
-        z = size + part.log()
-        neglected = (path - h).norm(dim=1) + 1e-10
-        k = (neglected < 1e-5 * part).nonzero()[:, 0]
-        if len(k) >= 20:
-            errors.append((slope(k, z[k]) - radius(J).log()).abs())
+        rate, expected = rate_of_forgetting(f, h, loops, seed)
+        if rate is not None:
+            errors.append((rate - expected).abs())
     note = " ".join(f"{float(s):.2f}" for s in share)
     yield check(f"{models} models: share of inputs that converge", sum(share) / models,
                 at_least=0.1, note=note)
