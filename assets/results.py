@@ -785,7 +785,7 @@ def phrases(raw):
     runs = [run for group in groups.values() for run in group]
     solved = [run for run in runs if run.exact("hard") > 0]
     some = "None" if not solved else f"{len(solved)}"
-    said.append(f"{some} of {len(runs)} such runs solves a string of 256 bits")
+    said.append(f"{some} of {len(runs)} such runs ({len(groups)} norms) solves a string of 256 bits")
 
     # 9x9 boards that are forgotten
     boards = find_groups(raw, ["grid/sudoku9/*"])
@@ -830,7 +830,7 @@ def phrases(raw):
     # what converges, and is right
     groups = find_groups(raw, ["current/to-2048/sudoku6/*"]).values()
     right, converged = np.sum([right_of_converged(runs, LEVELS) for runs in groups], axis=0)
-    said.append(f"{right:,} of {converged:,} 6x6 boards")
+    said.append(f"{right:,} of {converged:,} 6x6 boards, easy and hard")
     runs = find_groups(raw, ["current/chess/*"])["chess"]
     right, converged = right_of_converged(runs, ["easy"])
     said.append(f"{right} of {converged} mates in one")
