@@ -785,7 +785,8 @@ def phrases(raw):
     runs = [run for group in groups.values() for run in group]
     solved = [run for run in runs if run.exact("hard") > 0]
     some = "None" if not solved else f"{len(solved)}"
-    said.append(f"{some} of {len(runs)} such runs ({len(groups)} norms) solves a string of 256 bits")
+    said.append(f"{some} of {len(runs)} such runs ({len(groups)} norms) solves a string of 256 "
+                "bits")
 
     # 9x9 boards that are forgotten
     boards = find_groups(raw, ["grid/sudoku9/*"])
