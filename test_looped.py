@@ -730,12 +730,12 @@ def test_the_report_gives_the_tests_at_the_last_loop_count_and_the_best_only_bes
 
 @pytest.mark.parametrize("damping", [0.25, 0.75])
 def test_tries_in_the_report_are_damped_as_asked_and_the_table_is_not(damping, monkeypatch, capsys):
-    cfg = tiny(**BOARD, inject="add", damping=damping, eval_loops=50, tries=2)
+    cfg = tiny(**BOARD, inject="add", damping=damping, eval_loops=50, tries=2, tol=1e-4)
     monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: r - 0.2 * h)
     sets = sets_of(cfg)
     model = looped.LoopedTransformer(cfg)
     result = looped.report(cfg, model, sets)
-    plain = looped.report(tiny(**BOARD, inject="add", eval_loops=50), model, sets)
+    plain = looped.report(tiny(**BOARD, inject="add", eval_loops=50, tol=1e-4), model, sets)
 
     def loops_to_rest(d):
         """The same loop for a state that is s times the input."""
@@ -1190,6 +1190,18 @@ def test_bf16_trains_with_a_state_in_fp32(tmp_path, norm, recall):
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
     assert losses["bf16"] != losses["fp32"]             # control: it is another computation
     assert losses["auto"] == losses["fp32"]             # on a CPU
+
+
+def test_weights_cast_without_a_gradient_are_not_kept_for_the_loops_with_one(tmp_path, monkeypatch):
+    real = looped.compute_loss
+    modes = []
+
+    def look(*args):
+        modes.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+        return real(*args)
+    monkeypatch.setattr(looped, "compute_loss", look)
+    train(tiny(dtype="bf16", train="progressive", steps=1), tmp_path / "run")
+    assert modes == [(True, False)]
 
 
 @pytest.mark.parametrize("every", ["100", "1"])
@@ -2857,6 +2869,17 @@ def test_every_other_state_that_goes_astray_fails_the_claim(name, what, row_of, 
         assert share <= 0.5
     else:
         assert any(row_of in row.what and not is_control(row) for row in failed(rows))
+
+
+def test_the_controls_of_r5_fail_where_everything_comes_to_rest(monkeypatch):
+    real = theory.iterate
+
+    def at_rest(f, h, loops):
+        h, motion = real(f, h, loops)
+        return h, torch.zeros_like(motion)
+    monkeypatch.setattr(theory, "iterate", at_rest)
+    controls = [row for row in theory.CLAIMS["R5"](0, quick=True) if is_control(row)]
+    assert [row.passed for row in controls] == [False] * 3
 
 
 def test_i3_does_not_pass_where_no_rate_could_be_measured(monkeypatch):
