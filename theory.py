@@ -8,7 +8,7 @@ is the paper's (abstract) or derived here. A control row is the same measure on 
 to come out the other way. (There is no I4 and no G4: numbers of dropped claims are not used again.)
 
     python theory.py                            # one table; exit code 1 if a claim fails
-    python theory.py --only R5,G5 --seed 7      # --quick: small sizes, under a minute for all
+    python theory.py --only R5,G5 --seed 7      # --quick: small sizes, a minute or two
     python theory.py --ckpt out/RUN             # the same measurements on a trained model
 
 letters   h or s state   e embedded input   L tokens   D width   K loops   l a loss
@@ -1508,7 +1508,7 @@ def parse(argv):
     parser = data.Parser(prog="theory.py", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="R5,G5", default=",".join(CLAIMS), help="these only")
-    parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
+    parser.add_argument("--quick", action="store_true", help="small sizes, a minute or two")
     parser.add_argument("--json", metavar="FILE", help="write the table there as well")
     parser.add_argument("--ckpt", metavar="RUN", nargs="+", help="measure trained runs instead")
     parser.add_argument("--inputs", type=int, default=256, help="of --ckpt: so many test puzzles")
