@@ -1091,8 +1091,9 @@ def make(task, seed, need, cache):
 # --------------------------------------------------------------------------------------------------
 # cache and processes
 
-# the names of cache files carry a checksum of this file, so that no puzzle of other code is served
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+def code():
+    """A checksum of this file. Cache folders carry it: no puzzle of other code is served."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
 def chunks(task, seed, cache):
@@ -1101,7 +1102,7 @@ def chunks(task, seed, cache):
         yield from map(partial(task.chunk, seed), itertools.count())        # never ends
 
     options = "".join(f"-{name}_{value}" for name, value in asdict(task).items())
-    folder = cache / f"{task.name}{options}-seed_{seed}-{CODE}"
+    folder = cache / f"{task.name}{options}-seed_{seed}-{code()}"
     job = partial(cached_chunk, task, seed, folder)
 
     # chunk 0 and cached ones come from this process; workers are started only for what is left

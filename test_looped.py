@@ -1257,12 +1257,16 @@ def stopped(*args, **options):
     raise KeyboardInterrupt
 
 
+def exit_code(main, argv):
+    try:
+        return main(argv)
+    except SystemExit as exit:
+        return exit.code
+
+
 def fails(capsys, argv, code=2, main=looped.main):
     """-> the one line on stderr."""
-    try:
-        got = main(argv)
-    except SystemExit as exit:
-        got = exit.code
+    got = exit_code(main, argv)
     line = capsys.readouterr().err
     assert got == code, line
     assert line.count("\n") == 1 and line.endswith("\n"), line
@@ -2524,7 +2528,7 @@ def test_a_cache_is_for_one_seed_one_set_of_options_and_one_code(tmp_path, monke
     assert not same_splits(first, make(SUDOKU[4], 1)) and len(files()) == 2
     make(SUDOKU[6], 0)
     assert len(files()) == 3
-    monkeypatch.setattr(data, "CODE", "0" * 12)
+    monkeypatch.setattr(data, "code", lambda: "0" * 12)
     make(SUDOKU[4], 0)
     assert len(files()) == 4
 
@@ -2625,7 +2629,9 @@ def test_puzzles_of_a_file_are_printed(tmp_path):
 )
 def test_the_command_line_refuses_in_one_line(tmp_path, args, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert message in fails(capsys, list(map(str, args)), main=data.main)
+    code = exit_code(data.main, list(map(str, args)))
+    out, err = capsys.readouterr()
+    assert code == 2 and message in err and err.count("\n") == 1 and not out
 
 
 def test_two_tasks_may_have_an_option_of_one_name(monkeypatch, capsys, tmp_path):

@@ -162,6 +162,13 @@ def pooled(runs, level):
     return f"{hits:,} of {n:,} [{low:.3f}, {high:.3f}]"
 
 
+def mean_curve(runs, level):
+    """-> loop counts, share solved as a mean over seeds."""
+    counts = sorted(runs[0].result[level], key=int)
+    means = [np.mean([run.result[level][t]["exact"] for run in runs]) for t in counts]
+    return [int(t) for t in counts], means
+
+
 def sizes(runs, level):
     """How many puzzles each seed was tested on."""
     return "/".join(str(n) for n in sorted({run.n(level) for run in runs}))
@@ -454,8 +461,7 @@ def harm_table(raw, *patterns):
     unharmed = 0
     for name, runs in find_groups(raw, patterns).items():
         for level in LEVELS:
-            counts = sorted(runs[0].result[level], key=int)
-            means = [np.mean([run.result[level][t]["exact"] for run in runs]) for t in counts]
+            counts, means = mean_curve(runs, level)
             best = int(np.argmax(means))
             if means[-1] == means[best]:
                 unharmed += 1
@@ -787,26 +793,23 @@ def phrases(raw):
     # without recall
     groups = find_groups(raw, ["grid/prefix_sums/none-*"])
     runs = [run for group in groups.values() for run in group]
-    solved = [run for run in runs if run.exact("hard") > 0]
-    some = "None" if not solved else f"{len(solved)}"
-    said.append(f"{some} of {len(runs)} such runs ({len(groups)} norms) solves a string of 256 "
+    solved = sum(run.exact("hard") > 0 for run in runs) or "None"
+    said.append(f"{solved} of {len(runs)} such runs ({len(groups)} norms) solves a string of 256 "
                 "bits")
 
     # 9x9 boards that are forgotten
     boards = find_groups(raw, ["grid/sudoku9/*"])
     for cell, phrase in (("none-outer", "hard 9x9 boards {:.2f} are solved after 64 loops, {:.2f}"),
                          ("internal-pre", "{:.2f} of the hard 9x9 boards after 64 loops, {:.2f}")):
-        shares = [np.mean([run.result["hard"][t]["exact"] for run in boards[cell]])
-                  for t in ("64", "512")]
-        said.append(phrase.format(*shares) + " after 512")
+        shares = dict(zip(*mean_curve(boards[cell], "hard"), strict=True))
+        said.append(phrase.format(shares[64], shares[512]) + " after 512")
 
     # the most that a cell with recall and outer norm loses by looping on
     lost = []
     for task in ("prefix_sums", "sudoku6", "sudoku9", "chess"):
         groups = find_groups(raw, [f"grid/{task}/*"])
         for cell in ("external-outer", "internal-outer"):
-            means = [np.mean([run.result["hard"][t]["exact"] for run in groups[cell]])
-                     for t in sorted(groups[cell][0].result["hard"], key=int)]
+            _, means = mean_curve(groups[cell], "hard")
             lost.append(max(means) - means[-1])
     most = math.ceil(1e3 * max(lost)) / 1e3
     said.append(f"no such entry of the table loses more than {most:.3f}")
@@ -909,14 +912,6 @@ def save_figure(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     print(path)
-
-
-def mean_curve(runs, level):
-    """-> loop counts, share solved as a mean over seeds."""
-    counts = sorted(runs[0].result[level], key=int)
-    return [int(t) for t in counts], [
-        np.mean([run.result[level][t]["exact"] for run in runs]) for t in counts
-    ]
 
 
 def loops_axis(axis, config, counts):
