@@ -699,27 +699,33 @@ class Sudoku(Task):
 
 
 def maybe_checks(board):
-    """Yield legal moves that might give check: all that do are among them, except castling."""
+    """Yield pseudo-legal moves: all that give check are among them, except castling."""
     king = board.king(not board.turn)
     occupied = board.occupied
 
-    # the squares from which the king is seen along a line, and as a knight sees
-    lines = (chess.BB_DIAG_ATTACKS[king][chess.BB_DIAG_MASKS[king] & occupied]
-             | chess.BB_RANK_ATTACKS[king][chess.BB_RANK_MASKS[king] & occupied]
-             | chess.BB_FILE_ATTACKS[king][chess.BB_FILE_MASKS[king] & occupied])
-    near = lines | chess.BB_KNIGHT_ATTACKS[king]
+    # the squares from which the king is seen along a line, as a knight sees, and as a pawn does
+    diagonals = chess.BB_DIAG_ATTACKS[king][chess.BB_DIAG_MASKS[king] & occupied]
+    straights = (chess.BB_RANK_ATTACKS[king][chess.BB_RANK_MASKS[king] & occupied]
+                 | chess.BB_FILE_ATTACKS[king][chess.BB_FILE_MASKS[king] & occupied])
+    jumps = chess.BB_KNIGHT_ATTACKS[king]
+    lines = diagonals | straights
+    pawns = chess.BB_PAWN_ATTACKS[not board.turn][king]
+    promotions = chess.BB_BACKRANKS & (lines | jumps)
 
-    for move in board.generate_pseudo_legal_moves():
-        # a piece checks from a square near the king, or uncovers a check by leaving a line
-        arrives = chess.BB_SQUARES[move.to_square] & near
-        uncovers = chess.BB_SQUARES[move.from_square] & lines
-        en_passant = move.to_square == board.ep_square      # which takes a pawn away elsewhere
-        if (arrives or uncovers or en_passant) and board.is_legal(move):
-            yield move
+    # a piece checks from a square of its kind, or uncovers a check by leaving a line
+    yield from board.generate_pseudo_legal_moves(board.bishops, diagonals)
+    yield from board.generate_pseudo_legal_moves(board.rooks, straights)
+    yield from board.generate_pseudo_legal_moves(board.queens, lines)
+    yield from board.generate_pseudo_legal_moves(board.knights, jumps)
+    yield from board.generate_pseudo_legal_moves(board.pawns, pawns | promotions)
+    if board.occupied_co[board.turn] & lines:
+        yield from board.generate_pseudo_legal_moves(lines)
+    # which takes a pawn away elsewhere
+    yield from board.generate_pseudo_legal_ep()
 
 
 def solutions(board, depth):
-    """Yield the first moves that force mate in exactly `depth` moves, 1 or 2.
+    """Yield the first moves that force mate in exactly `depth` moves, 1 or 2, some of them twice.
 
     Another move may mate sooner: see position(). Castling does not mate here: generated positions
     have no right to it.
@@ -730,7 +736,7 @@ def solutions(board, depth):
         board.push(move)
         works = board.is_checkmate() if depth == 1 else loses(board, depth - 1, refutations)
         board.pop()
-        if works:
+        if works and board.is_legal(move):  # last, because few moves come so far
             yield move
 
 
@@ -826,9 +832,9 @@ class Chess(Task):
 
     The side to move plays upwards, and the board is mirrored if its king is on files a to d. Not
     encoded: colour, castling and en passant rights (generated positions have none), the piece of a
-    promotion. A chunk is 40 mates in one (half from random games, half from random placements) and
-    two mates in two (from placements), which take as long to find. All have one solving pair of
-    squares. Rating: the depth of the mate.
+    promotion. A chunk is 40 mates in one (half from random games, half from random placements) and a
+    mate in two (from a placement), which is rare: it takes a fourth of the time. All have one
+    solving pair of squares. Rating: the depth of the mate.
 
     In files the answer is the second of the Moves, which need not mate and is not proven, and the
     rating is the file's.
@@ -872,7 +878,7 @@ class Chess(Task):
         y[move.to_square ^ view_mask(board)] = self.classes - 1
         return y
 
-    def chunk(self, seed, index, ones=40, twos=2):
+    def chunk(self, seed, index, ones=40, twos=1):
         rng = random.Random(f"{seed} {index}")
         plan = [(1, (game, placement)[i % 2]) for i in range(ones)] + [(2, placement)] * twos
         rows = []
