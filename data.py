@@ -832,9 +832,9 @@ class Chess(Task):
 
     The side to move plays upwards, and the board is mirrored if its king is on files a to d. Not
     encoded: colour, castling and en passant rights (generated positions have none), the piece of a
-    promotion. A chunk is 40 mates in one (half from random games, half from random placements) and a
-    mate in two (from a placement), which is rare: it takes a fourth of the time. All have one
-    solving pair of squares. Rating: the depth of the mate.
+    promotion. A chunk is 40 mates in one (half from random games, half from random placements) and
+    one mate in two (from placements), which takes a fourth of the time. All have one solving pair
+    of squares. Rating: the depth of the mate.
 
     In files the answer is the second of the Moves, which need not mate and is not proven, and the
     rating is the file's.
