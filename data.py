@@ -41,7 +41,7 @@ import chess
 import numpy as np
 
 
-class DataError(ValueError):
+class UserError(ValueError):
     """Bad data or an impossible request: the message is one line that says what to do.
 
     exit_code: 2 for a request that cannot be met, 1 for work that failed, 130 for work stopped.
@@ -92,8 +92,7 @@ class Task:
     symbols: str        # symbols[token] in text(), symbols[label] in show()
     levels: dict        # {"easy": phrase, "hard": phrase}: describes generated puzzles to a user
 
-    # the attention window in tokens, the token itself included (0: all), and the base of RoPE
-    window = 0
+    # the base of RoPE
     rope_base = 10.0
 
     # the columns of a data file, the rating last; () if the task reads no files
@@ -104,9 +103,6 @@ class Task:
 
     # chunks that take long are made on all cores and kept in the cache
     slow = False
-
-    # the rules have a symmetry, so that a puzzle can be tried in another form: see rename
-    symmetric = False
 
     # ---- making and reading puzzles: a task's own
 
@@ -162,7 +158,10 @@ class Task:
         return x, y
 
     def rename(self, x, generator):
-        """x [B, L] -> x2, a random symmetric form of each; undo(labels of x2) -> labels of x."""
+        """x [B, L] -> x2, a random symmetric form of each; undo(labels of x2) -> labels of x.
+
+        Only for tasks whose rules have a symmetry: those that the option --tries names.
+        """
         raise NotImplementedError
 
     # ---- text: parse(text(x)) gives x back, show() is a picture; read and draw are a task's part
@@ -175,16 +174,16 @@ class Task:
         """text -> the places [L] of its characters in symbols."""
         for c in text:
             if c not in symbols:
-                raise DataError(f"{c!r} is none of {symbols}")
+                raise UserError(f"{c!r} is none of {symbols}")
         return np.array([symbols.index(c) for c in text], np.uint8)
 
     def parse(self, text):
-        """What a user typed -> x [L], solution y [L] if one is proven, else None; or DataError."""
+        """What a user typed -> x [L], solution y [L] if one is proven, else None; or UserError."""
         text = text.strip()
         try:
             return self.read(text)
         except ValueError as error:
-            raise DataError(f"puzzle {text!r}: {error}") from None
+            raise UserError(f"puzzle {text!r}: {error}") from None
 
     def answer_texts(self, x, y):
         """x, y [L] -> {i: text of label y[i]} for the tokens i whose labels are worth showing."""
@@ -251,16 +250,15 @@ class PrefixSums(Task):
     vocab = 3
     classes = 2
     symbols = "01"
-    window = 5
     rope_base = 1e4
 
     def __post_init__(self):
         for option in ("bits", "hard_bits"):
             length = getattr(self, option)
             if not 1 <= length <= MOST_BITS:
-                raise DataError(f"--{option} {length}: must be 1 to {MOST_BITS}")
+                raise UserError(f"--{option} {length}: must be 1 to {MOST_BITS}")
         if self.positions not in ("absolute", "relative"):
-            raise DataError(f"--positions {self.positions}: choose absolute or relative")
+            raise UserError(f"--positions {self.positions}: choose absolute or relative")
 
     @property
     def levels(self):
@@ -318,7 +316,7 @@ class PrefixSums(Task):
     def read(self, text):
         bits = self.tokens("".join(text.split()), self.symbols)
         if not 1 <= len(bits) <= MOST_BITS:
-            raise DataError(f"{len(bits)} bits, must be 1 to {MOST_BITS}")
+            raise UserError(f"{len(bits)} bits, must be 1 to {MOST_BITS}")
         puzzle = self.puzzles(bits[None])
         return puzzle.x[0], puzzle.y[0]
 
@@ -545,11 +543,10 @@ class Sudoku(Task):
     symbols = ".123456789"
     columns = ("question", "answer", "rating")
     slow = True
-    symmetric = True
 
     def __post_init__(self):
         if self.side not in SIDES:
-            raise DataError(f"--side {self.side}: choose 4, 6 or 9")
+            raise UserError(f"--side {self.side}: choose 4, 6 or 9")
 
     @property
     def box(self):
@@ -680,14 +677,14 @@ class Sudoku(Task):
     def cells(self, text):
         """The characters of a board -> its tokens [L]."""
         if len(text) != self.side ** 2:
-            raise DataError(f"{len(text)} characters, not the {self.side ** 2} of side {self.side}")
+            raise UserError(f"{len(text)} characters, not the {self.side ** 2} of side {self.side}")
         return self.tokens(text.replace("0", "."), self.symbols[:self.side + 1])
 
     def read(self, text):
         x = self.cells("".join(text.split()))
         solution, reasons = self.prove(x[None])
         if reasons[0]:
-            raise DataError(reasons[0])
+            raise UserError(reasons[0])
         return x, solution[0]
 
     def convert(self, question, answer):
@@ -853,7 +850,7 @@ class Chess(Task):
 
     def __post_init__(self):
         if self.marks not in ("from_to", "squares"):
-            raise DataError(f"--marks {self.marks}: choose from_to or squares")
+            raise UserError(f"--marks {self.marks}: choose from_to or squares")
 
     @property
     def classes(self):
@@ -917,9 +914,9 @@ class Chess(Task):
         """The solution is known if exactly one move, promotions aside, mates at once."""
         board = chess.Board(text)
         if not board.is_valid():
-            raise DataError(f"not legal, {board.status().name}")
+            raise UserError(f"not legal, {board.status().name}")
         if not any(board.legal_moves):
-            raise DataError("the game is over")
+            raise UserError("the game is over")
 
         mates = [move for move in board.legal_moves if "#" in board.san(move)]
         y = self.label(board, mates[0]) if one_pair(mates) else None
@@ -949,9 +946,9 @@ class Chess(Task):
         board = chess.Board(fen)
         played = moves.split()
         if not board.is_valid():
-            raise DataError(f"not legal, {board.status().name}")
+            raise UserError(f"not legal, {board.status().name}")
         if len(played) < 2 or "0000" in played[:2]:
-            raise DataError(f"needs two moves, not {moves!r}")
+            raise UserError(f"needs two moves, not {moves!r}")
         board.push(board.parse_uci(played[0]))
         return encode(board), self.label(board, board.parse_uci(played[1]))
 
@@ -1029,7 +1026,7 @@ class Sorter:
         split = self.short()[0]
         option = "n_test" if split == "easy" else f"n_{split}"
         there = ", ".join(f"{n:,} {name}" for name, n in self.count.items())
-        raise DataError(f"{self.need[split]:,} {split} puzzles asked for, but {source} has only "
+        raise UserError(f"{self.need[split]:,} {split} puzzles asked for, but {source} has only "
                         f"{there}: lower {option}")
 
     def splits(self):
@@ -1048,13 +1045,13 @@ def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cac
     """-> {"train", "val", "easy", "hard": Puzzles} of n_train, n_val, n_test, n_hard puzzles.
 
     path: None to make them, or "FILE" or "TRAIN,TEST". No puzzle is in two splits, for 9x9 and
-    6x6 sudoku no solution either. DataError says what is impossible.
+    6x6 sudoku no solution either. UserError says what is impossible.
     """
     need = {"train": n_train, "val": n_val, "easy": n_test, "hard": n_hard}
     numbers = {"seed": seed, "n_train": n_train, "n_val": n_val, "n_test": n_test, "n_hard": n_hard}
     for option, n in numbers.items():
         if n < 0:
-            raise DataError(f"--{option} {n}: must be at least 0")
+            raise UserError(f"--{option} {n}: must be at least 0")
     if path is not None:
         return from_files(task, path, need)
     return make(task, seed, need, Path(cache))
@@ -1148,7 +1145,7 @@ def parallel(job, start):
             for index in itertools.count(start, 4 * cores):
                 yield from workers.map(job, range(index, index + 4 * cores))
         except BrokenProcessPool:
-            raise DataError("a process that makes puzzles was killed: out of memory?") from None
+            raise UserError("a process that makes puzzles was killed: out of memory?") from None
 
 
 def worker(parent):
@@ -1239,7 +1236,7 @@ def open_text(path):
         try:
             from zstandard import open as opener
         except ImportError:
-            raise DataError(f"{path}: needs `pip install zstandard`, or unpack it") from None
+            raise UserError(f"{path}: needs `pip install zstandard`, or unpack it") from None
     return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
@@ -1254,12 +1251,12 @@ def read_lines(path):
                 if row:
                     yield line, row
     except csv.Error as error:
-        raise DataError(f"{path} line {line}: {error}, a stray quote?") from None
-    except DataError:
+        raise UserError(f"{path} line {line}: {error}, a stray quote?") from None
+    except UserError:
         raise
     except Exception as error:      # each decompressor has its own
         where = f" after line {line}" if line else ""
-        raise DataError(f"{path}: cannot be read{where} ({error})") from None
+        raise UserError(f"{path}: cannot be read{where} ({error})") from None
 
 
 def read_rows(path, columns):
@@ -1268,16 +1265,16 @@ def read_rows(path, columns):
     line, header = next(rows, (1, []))
     for column in columns:
         if column not in header:
-            raise DataError(f"{path} line {line}: no column {column!r}, needs {','.join(columns)}")
+            raise UserError(f"{path} line {line}: no column {column!r}, needs {','.join(columns)}")
     places = [header.index(column) for column in columns]
 
     for line, row in rows:
         if len(row) != len(header):
-            raise DataError(f"{path} line {line}: {len(row)} fields, the header has {len(header)}")
+            raise UserError(f"{path} line {line}: {len(row)} fields, the header has {len(header)}")
         *texts, rating = (row[i] for i in places)
         if not rating.isdecimal() or len(rating) > 9:
             reason = f"rating {rating!r} is not a number below a billion"
-            raise DataError(f"{path} line {line}: {reason}")
+            raise UserError(f"{path} line {line}: {reason}")
         yield line, texts, int(rating)
 
 
@@ -1290,12 +1287,12 @@ def read_puzzles(task, path):
             try:
                 pairs.append(task.convert(*texts))
             except ValueError as error:
-                raise DataError(f"{path} line {line}: {error}") from None
+                raise UserError(f"{path} line {line}: {error}") from None
 
         x, y = (np.array(column) for column in zip(*pairs, strict=True))
         for (line, _, _), reason in zip(batch, task.verify(x, y), strict=True):
             if reason:
-                raise DataError(f"{path} line {line}: {reason}")
+                raise UserError(f"{path} line {line}: {reason}")
         yield Puzzles(x, y, np.array([rating for _, _, rating in batch]))
 
 
@@ -1305,7 +1302,7 @@ def file_limits(task, path):
         return task.file_limits
     ratings = np.array([rating for _, _, rating in read_rows(path, task.columns)])
     if not len(ratings):
-        raise DataError(f"{path}: no rows")
+        raise UserError(f"{path}: no rows")
 
     # the hardest fifth, but the lowest rating is always easy
     cut = int(np.ceil(np.quantile(ratings, 0.8)))
@@ -1318,9 +1315,9 @@ def from_files(task, path, need):
     """FILE or TRAIN,TEST -> {split: Puzzles}; of two files the second serves for both tests."""
     paths = path.split(",")
     if not task.columns:
-        raise DataError(f"--files {path!r}: {task.name} reads no files")
+        raise UserError(f"--files {path!r}: {task.name} reads no files")
     if len(paths) > 2 or "" in paths:
-        raise DataError(f"--files {path!r}: must be FILE or TRAIN,TEST")
+        raise UserError(f"--files {path!r}: must be FILE or TRAIN,TEST")
 
     cut, top = file_limits(task, paths[0])
     roles = ["both"] if len(paths) == 1 else ["train", "test"]
@@ -1373,7 +1370,7 @@ def parse(argv):
     options = {f.name: getattr(args, f.name) for f in fields(task)}
     try:
         return replace(task, **options), args
-    except DataError as error:
+    except UserError as error:
         parser.error(str(error))
 
 
@@ -1385,7 +1382,7 @@ def run(program, work):
         code = work()
         sys.stdout.flush()
         return code
-    except DataError as error:
+    except UserError as error:
         code = error.exit_code
         message = str(error)
     except KeyboardInterrupt:
@@ -1408,7 +1405,7 @@ def print_puzzles(task, args):
     Easy ones are those of the training set. -> exit code.
     """
     if args.n < 0:
-        raise DataError(f"--n {args.n}: must be at least 0")
+        raise UserError(f"--n {args.n}: must be at least 0")
     n_train = args.n if args.level == "easy" else 0
     n_hard = args.n if args.level == "hard" else 0
     found = splits(task, args.seed, n_train, 0, 0, n_hard, args.files)

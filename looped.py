@@ -1,7 +1,8 @@
 """looped.py: looped transformers with recall and outer normalization, in one file.
 
 One transformer block is applied again and again to a state. Does looping longer at test time
-solve harder problems than those trained on? The answer lies in the fixed points of the loop:
+solve harder problems than those trained on? The paper looks for the answer in the fixed points of
+the loop:
 
     reachability        does the state come to rest?
     input-dependence    does the point of rest still depend on the input?
@@ -11,7 +12,7 @@ and in two choices that decide what the fixed points are like:
 
     recall              the input is mixed in again in every loop: into the state itself
                         (external recall), or only into what a sub-layer reads (internal)
-    outer norm          the norm comes after the residual sum: h <- N(h + F(u))
+    outer norm          the norm comes after the residual sum, so that it bounds the state
 
 After the abstract and the public code of "Stability and Generalization in Looped Transformers"
 (arXiv 2604.15259). This is an independent reading, not the authors' code. To run it:
@@ -46,7 +47,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -59,17 +59,44 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+from data import UserError
 
 # another package named data may come first on the path
 if not hasattr(data, "TASKS"):
     raise ImportError(f"looped.py needs the data.py beside it, but Python found {data.__file__}")
 
 # -----------------------------------------------------------------------------
+# defaults of the tasks, and the authors' protocol
+
+# sudoku, and any task without a line of its own; there carry_loss gives a puzzle its 30 loops in
+# 30 / 3 = 10 optimizer steps
+BOARD = dict(n_train=20000, n_hard=256, width=64, loops=30, grad_loops=3, steps=8000,
+             batch=64, optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25, window=0)
+DEFAULTS = {
+    "prefix_sums": dict(n_train=8000, n_hard=64, width=32, loops=21, grad_loops=3, steps=1200,
+                        batch=64, optimizer="adamw", lr=3e-3, eval_loops=500, damping=0.0,
+                        window=5),
+    "sudoku": BOARD,
+    "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
+                          eval_loops=64),
+}
+SIDE_DEFAULTS = {
+    4: dict(loops=16, steps=800, eval_loops=64),
+    6: dict(steps=3000, eval_loops=128),
+}
+
+PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",
+             lr=3e-4, decay="step", warmup=160, steps=1600, eval_loops=500, positions="relative")
+PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
+PAPER_PRESET = {
+    "prefix_sums": PAPER,
+    "sudoku": PAPER_BOARD,
+    "chess": PAPER_BOARD | dict(marks="squares"),
+}
+
+
+# -----------------------------------------------------------------------------
 # configuration: all options live here, and the command line is generated from them
-
-
-class LoopedError(data.DataError):
-    """One line that says what is wrong and what to do, and an exit_code."""
 
 
 def option(default, help, choices=(), low=None, group=None, tasks=()):
@@ -83,9 +110,9 @@ def option(default, help, choices=(), low=None, group=None, tasks=()):
 
 @dataclass
 class Config:
-    """Options of a run. Raises LoopedError.
+    """Options of a run. Raises UserError.
 
-    None: the task's own default (DEFAULTS, below), or not set.
+    None: the task's own default (DEFAULTS, above), or not set.
     """
 
     # task and data
@@ -111,7 +138,7 @@ class Config:
     recall: str = option("internal", "where the input is re-injected",
                          ("none", "external", "internal"))
     inject: str = option("linear", "how: W_h h + W_e e, or h + e", ("linear", "add"))
-    norm: str = option("outer", "where the norm stands",
+    norm: str = option("outer", "where the norm stands, see Block; gru: a gate",
                        ("pre", "peri", "outer", "sandwich", "gru"))
     embed_rms: float = option(0.65, "rms of the token embedding at the start: strength of recall")
 
@@ -126,10 +153,10 @@ class Config:
     batch: int = option(None, "puzzles in a step")
     optimizer: str = option(None, "AdamW, or Muon for hidden matrices and AdamW for the rest",
                             ("adamw", "muon"))
-    lr: float = option(None, "learning rate after the warm-up")
-    decay: str = option("linear", "linear to 0, or slow warm-up and x0.1 after 60 % of the steps",
+    lr: float = option(None, "learning rate; warm-up and decay scale it down")
+    decay: str = option("linear", "ramp, then linear to 0; or slow warm-up, and x0.1 after 60 %",
                         ("linear", "step"))
-    warmup: int = option(50, "steps of warm-up", low=0)
+    warmup: int = option(50, "steps of the ramp; --decay step: its time constant", low=0)
     weight_decay: float = option(0.01, "on matrices and embeddings", low=0)
     clip: float = option(1.0, "largest norm of the gradient")
 
@@ -137,8 +164,10 @@ class Config:
     eval_loops: int = option(None, "largest loop count of the table", group="evaluation")
     eval_every: int = option(100, "steps from one validation to the next")
     tol: float = option(1e-3, "converged: no token moves by more than this share of its size")
-    damping: float = option(None, "d in --tries and --watch: h <- (1 - d) step(h) + d h", low=0)
-    tries: int = option(1, "boards: how often to try a symmetric form, until one converges")
+    damping: float = option(None, "d in --tries above 1 and --watch: h <- (1 - d) step(h) + d h",
+                            low=0)
+    tries: int = option(1, "tries in all, after the first one in a random symmetric form, until "
+                        "one converges", tasks=("sudoku",))
     watch: bool = option(False, "with --resume: show how one puzzle is solved")
     puzzle: str = option(None, "the puzzle to watch: bits, a board with . for blanks, a FEN")
 
@@ -160,76 +189,44 @@ class Config:
                 setattr(self, field.name, defaults.get(field.name))
             self.check(field)
 
-        task = self.make_task()
-        grid = task.grid
-        if self.window is None:
-            self.window = task.window
+        grid = self.make_task().grid
 
         # RoPE turns the channels of a head in pairs, and each axis of the grid (strings have one,
         # boards two) gets the same number of pairs
         unit = 2 * len(grid)
         if self.width % (self.heads * unit) != 0:
-            raise LoopedError(f"--width {self.width}: must be a multiple of --heads times {unit}, "
+            raise UserError(f"--width {self.width}: must be a multiple of --heads times {unit}, "
                               f"that is {self.heads * unit}, because of RoPE")
         if self.window > 0 and self.window % 2 == 0:
-            raise LoopedError(f"--window {self.window}: must be odd, or 0 for all tokens")
+            raise UserError(f"--window {self.window}: must be odd, or 0 for all tokens")
         if self.window > math.prod(grid):
-            raise LoopedError(f"--window {self.window}: a puzzle has {math.prod(grid)} tokens")
+            raise UserError(f"--window {self.window}: a puzzle has {math.prod(grid)} tokens")
         if self.damping >= 1:
-            raise LoopedError(f"--damping {self.damping}: must be below 1")
+            raise UserError(f"--damping {self.damping}: must be below 1")
         # a puzzle with fewer loops than that is trained whole, in one optimizer step
         self.grad_loops = min(self.grad_loops, self.loops)
 
     def check(self, field):
-        """Raises LoopedError if the value of a field is not one that its option allows."""
+        """Raises UserError if the value of a field is not one that its option allows."""
         value = getattr(self, field.name)
         choices = field.metadata["choices"]
         low = field.metadata["low"]
         if value is None:
             return
         if choices and value not in choices:
-            raise LoopedError(f"--{field.name} {value}: unknown; choose one of "
+            raise UserError(f"--{field.name} {value}: unknown; choose one of "
                               + ", ".join(map(str, choices)))
         if field.type in (int, float):
             if low is None and not 0 < value < 1e8:
-                raise LoopedError(f"--{field.name} {value}: must be more than 0 and below 1e8")
+                raise UserError(f"--{field.name} {value}: must be more than 0 and below 1e8")
             if low is not None and not low <= value < 2 ** 63:
-                raise LoopedError(f"--{field.name} {value}: must be between {low} and 2^63")
+                raise UserError(f"--{field.name} {value}: must be between {low} and 2^63")
 
     def make_task(self):
         """-> the data.Task; its fields take the values of the same name here, defaults included."""
         task = data.TASKS[self.task]
         names = [field.name for field in dataclasses.fields(task) if hasattr(self, field.name)]
         return dataclasses.replace(task, **{name: getattr(self, name) for name in names})
-
-
-# -----------------------------------------------------------------------------
-# defaults of the tasks, and the authors' protocol
-
-# sudoku, and any task without a line of its own; there carry_loss gives a puzzle its 30 loops in
-# 30 / 3 = 10 optimizer steps
-BOARD = dict(n_train=20000, n_hard=256, width=64, loops=30, grad_loops=3, steps=8000,
-             batch=64, optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25)
-DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=1200,
-                        batch=64, optimizer="adamw", lr=3e-3, eval_loops=500, damping=0.0),
-    "sudoku": BOARD,
-    "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
-                          eval_loops=64),
-}
-SIDE_DEFAULTS = {
-    4: dict(loops=16, steps=800, eval_loops=64),
-    6: dict(steps=3000, eval_loops=128),
-}
-
-PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",
-             lr=3e-4, decay="step", warmup=160, steps=1600, eval_loops=500, positions="relative")
-PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
-PAPER_PRESET = {
-    "prefix_sums": PAPER,
-    "sudoku": PAPER_BOARD,
-    "chess": PAPER_BOARD | dict(marks="squares"),
-}
 
 
 # -----------------------------------------------------------------------------
@@ -290,6 +287,7 @@ class Attention(nn.Module):
         H = self.heads
         # boards have one size, but strings may be longer than those in training
         grid = self.grid if len(self.grid) > 1 else (L,)
+        # in the dtype of the weights: under bf16 that of u has too few digits for angles
         cos, sin, *band = constant_tables(grid, self.window, H, D // H, self.rope_base, u.device,
                                           self.q_norm.weight.dtype)
 
@@ -301,12 +299,21 @@ class Attention(nn.Module):
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H, L, D/H)
             o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         else:
-            o = windowed_attention(q, k, v, *band)          # queries, keys, mask
+            queries, keys, mask = band
+            o = windowed_attention(q, k, v, queries, keys, mask)
         return self.out(o.reshape(B, L, D))
 
 
 class Block(nn.Module):
-    """The two sub-layers and their norms; LoopedTransformer.step puts them together."""
+    """The two sub-layers and their norms; LoopedTransformer.step puts them together:
+
+        norm       a sub-layer reads    the state becomes
+        pre        N(h)                 h + F(u)
+        peri       N(h)                 h + N(F(u))
+        outer      h                    N(h + F(u))
+        sandwich   N(h)                 N(h + F(u))
+        gru        N(h)                 GRU(N(F(u)), h), a gate in place of the sum
+    """
 
     def __init__(self, cfg, task):
         super().__init__()
@@ -347,7 +354,9 @@ class LoopedTransformer(nn.Module):
             cells = math.prod(self.task.grid)
             self.pos_emb = nn.Parameter(0.5 * cfg.embed_rms * torch.randn(cells, D))
 
-        # one pair of maps, shared by all sub-layers
+        # one pair of maps, shared by all sub-layers of all blocks
+        if cfg.recall not in ("none", "external", "internal"):
+            raise ValueError(f"recall {cfg.recall!r} has no branch in LoopedTransformer.step")
         if cfg.recall != "none":
             if cfg.inject == "linear":
                 self.W_h = nn.Linear(D, D)
@@ -384,14 +393,11 @@ class LoopedTransformer(nn.Module):
         """One turn of the loop: h [B, L, D], r from recall() -> h [B, L, D].
 
         Both choices of the paper are made here: where does the input come in again, and where is
-        the norm? Under autocast to bf16 the state stays in fp32: a sum with h does so by itself,
-        but for the two others that have a .to(h.dtype).
+        the norm? Under autocast to bf16 the state stays in fp32: h + f is fp32 because h is, and
+        where the state is no such sum, .to(h.dtype) makes it so.
         """
         recall = self.cfg.recall
         norm = self.cfg.norm
-        # a new recall needs its name here, too: without a branch it would act as "none"
-        if recall not in ("none", "external", "internal"):
-            raise ValueError(f"recall {recall!r} has no branch in LoopedTransformer.step")
         for block in self.blocks:
 
             # external recall: the residual stream itself is mixed with the input
@@ -416,9 +422,9 @@ class LoopedTransformer(nn.Module):
                 elif norm in ("outer", "sandwich"):
                     h = block.norm_out(h + f)           # h <- N(h + F(u))
                 elif norm == "gru":
-                    f = block.norm_out(f)               # h <- GRU(N(F(u)), h)
-                    new = block.gru(f.flatten(0, 1), h.flatten(0, 1))       # a token is a row
-                    h = new.view_as(h).to(h.dtype)
+                    rows = block.norm_out(f).flatten(0, 1)              # a token is a row
+                    new = block.gru(rows, h.flatten(0, 1))
+                    h = new.view_as(h).to(h.dtype)      # h <- GRU(N(F(u)), h)
                 else:
                     raise ValueError(f"norm {norm!r} has no branch in LoopedTransformer.step")
         return h
@@ -519,7 +525,7 @@ def constant_tables(*shape):
 # two losses
 
 
-def carry_loss(model, task, cfg, batch, carry):
+def carry_loss(model, batch, carry):
     """The default: truncated backpropagation through time, with states carried between steps.
 
     Each optimizer step goes on with a batch of half-finished puzzles: cfg.grad_loops loops, all
@@ -538,14 +544,16 @@ def carry_loss(model, task, cfg, batch, carry):
     batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops that a
     puzzle has had, see start_carry} -> loss, new carry.
     """
+    cfg = model.cfg
     new_x, new_y = batch
-    # puzzles that have had all their loops are replaced, and the new ones start from h_0 = e
+    # puzzles that have had all their loops are replaced, and the new ones start from h_0 = e; most
+    # of the new batch is not used, but drawing all of it keeps the shapes fixed
     done = carry["age"] >= cfg.loops
     x = torch.where(done[:, None], new_x, carry["x"])
     y = torch.where(done[:, None], new_y, carry["y"])
 
     logits, h, old = model(x, cfg.grad_loops, carry["h"], restart=done)
-    loss = task.loss(logits, y)
+    loss = model.task.loss(logits, y)
 
     # the rest term punishes motion in the last loop: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens
     # (smooth, where the residual of the tables is the largest of the tokens); the denominator is
@@ -557,38 +565,41 @@ def carry_loss(model, task, cfg, batch, carry):
     return loss, {"x": x, "y": y, "h": h.detach(), "age": age}
 
 
-def start_carry(model, cfg, batch):
+def start_carry(model, batch):
     """The first carry: new puzzles, all at h_0 = e."""
     x, y = batch
-    # staggered ages spread the replacements over the steps; the first puzzles get fewer loops
-    age = torch.arange(len(x), device=x.device) * cfg.loops // len(x)
+    # staggered ages spread the replacements over the steps: of this batch, and of no later one,
+    # the later puzzles get fewer loops
+    age = torch.arange(len(x), device=x.device) * model.cfg.loops // len(x)
     return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
 
 
-def progressive_loss(model, task, cfg, batch, rng):
-    """The paper's: n ~ U{0..K-1} loops without gradient, then k ~ U{1..K-n} with; K = cfg.loops.
+def progressive_loss(model, batch, rng):
+    """The paper's: n ~ U{0..K-1} loops without gradient, then k ~ U{1..K-n} with; K is cfg.loops.
 
     The loss is that of the last output. (Bansal et al., arXiv 2202.05826.)
     """
     x, y = batch
-    n = torch.randint(0, cfg.loops, (), generator=rng, device=rng.device).item()
-    k = torch.randint(1, cfg.loops - n + 1, (), generator=rng, device=rng.device).item()
+    K = model.cfg.loops
+    n = torch.randint(0, K, (), generator=rng, device=rng.device).item()
+    k = torch.randint(1, K - n + 1, (), generator=rng, device=rng.device).item()
     h = None                        # for n = 0: the start h_0 = e keeps its gradient
     if n > 0:
         with torch.no_grad():
             h = model(x, n)[1]
     logits, _, _ = model(x, k, h)
-    return task.loss(logits, y)
+    return model.task.loss(logits, y)
 
 
-def compute_loss(model, task, cfg, batch, carry, rng):
-    """-> the loss that cfg.train names, and the carry for the next step."""
-    if cfg.train == "carry":
-        return carry_loss(model, task, cfg, batch, carry)
-    elif cfg.train == "progressive":
-        return progressive_loss(model, task, cfg, batch, rng), carry
+def compute_loss(model, batch, carry, rng):
+    """-> the loss that --train names, and the carry for the next step."""
+    train = model.cfg.train
+    if train == "carry":
+        return carry_loss(model, batch, carry)
+    elif train == "progressive":
+        return progressive_loss(model, batch, rng), carry
     else:
-        raise ValueError(f"train {cfg.train!r} has no branch in compute_loss")
+        raise ValueError(f"train {train!r} has no branch in compute_loss")
 
 
 # -----------------------------------------------------------------------------
@@ -663,13 +674,24 @@ def log(out, record):
         file.write(json.dumps(record) + "\n")
 
 
+def restore(checkpoint, model, optimizers, rng):
+    """Bring model, optimizers and random numbers to where a checkpoint left them, in place."""
+    model.load_state_dict(checkpoint["model"])
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    # another shape means that it was saved on another kind of device, whose random numbers cannot
+    # be continued here: then they begin again at the seed
+    if checkpoint["rng"].shape == rng.get_state().shape:
+        rng.set_state(checkpoint["rng"].cpu())
+
+
 def train(cfg, model, sets, out, checkpoint=None):
     """Train a model on sets["train"] and save out/ckpt.pt at each validation.
 
     sets: {"train", "val", ...: (x, y)} on the model's device. checkpoint: one to go on from;
     on a CPU, with the same options, the result is bit for bit that of a run which was never
     stopped. Nothing is saved on Ctrl-C: the steps since the last validation are repeated. Raises
-    LoopedError if the loss is no longer finite; the last good checkpoint stays.
+    UserError if the loss is no longer finite; the last good checkpoint stays.
     """
     task = model.task
     x_all, y_all = sets["train"]
@@ -680,38 +702,27 @@ def train(cfg, model, sets, out, checkpoint=None):
 
     optimizers = configure_optimizers(model, cfg)
     rng = torch.Generator(device).manual_seed(cfg.seed)
-    first_step = 0
-    seconds = 0.0           # spent in training, without the validations
-    best_val = -1.0
-    best_weights = clone_weights(model)
-    carry = None
+    # how far the run has come; seconds are those of training, without the validations
+    run = {"step": 0, "seconds": 0.0, "carry": None, "best": clone_weights(model), "best_val": -1.0}
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first_step = checkpoint["step"]
-        seconds = checkpoint["seconds"]
-        best_val = checkpoint["best_val"]
-        best_weights = checkpoint["best"]
-        # another shape means that it was saved on another kind of device
-        if checkpoint["rng"].shape == rng.get_state().shape:
-            rng.set_state(checkpoint["rng"].cpu())
-        if checkpoint["carry"] is not None:
-            carry = {name: tensor.to(device) for name, tensor in checkpoint["carry"].items()}
-    if cfg.train == "carry" and carry is None:
-        batch = get_batch(task, x_all, y_all, cfg.batch, rng)
-        carry = start_carry(model, cfg, batch)
+        run = {name: checkpoint[name] for name in run}
+        restore(checkpoint, model, optimizers, rng)
+    if cfg.train == "carry":
+        if run["carry"] is None:
+            batch = get_batch(task, x_all, y_all, cfg.batch, rng)
+            run["carry"] = start_carry(model, batch)
+        run["carry"] = {name: tensor.to(device) for name, tensor in run["carry"].items()}
 
-    def make_checkpoint(step):
-        """All that is needed to resume after this many steps."""
-        return {
-            "config": dataclasses.asdict(cfg), "step": step, "seconds": seconds,
-            "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-            "rng": rng.get_state(), "carry": carry, "best": best_weights, "best_val": best_val,
-        }
+    def save():
+        """Save all that is needed to resume."""
+        save_checkpoint(out, run | {
+            "config": dataclasses.asdict(cfg), "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers], "rng": rng.get_state(),
+        })
 
     if not (out / "ckpt.pt").exists():
-        save_checkpoint(out, make_checkpoint(first_step))    # from here on the run can be resumed
+        save()                      # from here on the run can be resumed
+    first_step = run["step"]
     start = time.time()
     interval_start = start
     timed_steps = 0
@@ -726,7 +737,7 @@ def train(cfg, model, sets, out, checkpoint=None):
         # forward, backward, clip, step
         batch = get_batch(task, x_all, y_all, cfg.batch, rng)
         with autocast:
-            loss, carry = compute_loss(model, task, cfg, batch, carry, rng)
+            loss, run["carry"] = compute_loss(model, batch, run["carry"], rng)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         for optimizer in optimizers:
@@ -734,25 +745,26 @@ def train(cfg, model, sets, out, checkpoint=None):
             optimizer.zero_grad(set_to_none=True)
 
         # validate, save and log now and then, and after the last step
-        timed_steps += 1
         done = step + 1
+        run["step"] = done
+        timed_steps += 1
         is_eval_step = done % cfg.eval_every == 0 or done == cfg.steps
         if not is_eval_step:
             continue
         loss = loss.item()          # waits for a GPU, so that the time is right
         step_seconds = (time.time() - interval_start) / timed_steps
-        seconds += time.time() - interval_start
+        run["seconds"] += time.time() - interval_start
         # no puzzle is frozen: a compiled step would be compiled again for each smaller batch
-        val = evaluate(model, *sets["val"], [cfg.loops], freeze_below=0.0)[cfg.loops]
+        val = evaluate(model, *sets["val"], [cfg.loops], freeze_below=0.0)[0][cfg.loops]
         if not math.isfinite(loss) or not math.isfinite(val["residual"]):
-            raise LoopedError(f"step {done}: loss or residual is not finite (loss {loss:.3g}): "
-                              f"lower --lr; the last good checkpoint stays in {out}", exit_code=1)
+            raise UserError(f"step {done}: loss or residual is not finite (loss {loss:.3g}): "
+                            f"lower --lr; the last good checkpoint stays in {out}", exit_code=1)
 
         # keep the best on validation, of equal ones the latest; the test sets are never used
-        if val["exact"] >= best_val:
-            best_val = val["exact"]
-            best_weights = clone_weights(model)
-        save_checkpoint(out, make_checkpoint(done))
+        if val["exact"] >= run["best_val"]:
+            run["best_val"] = val["exact"]
+            run["best"] = clone_weights(model)
+        save()
         log(out, {
             "step": done, "loss": loss, "exact": val["exact"], "residual": val["residual"],
             "grad_norm": grad_norm.item(), "lr": lr, "ms": 1e3 * step_seconds,
@@ -765,12 +777,12 @@ def train(cfg, model, sets, out, checkpoint=None):
 
 
 def read_checkpoint(path, device="cpu"):
-    """A run's folder or its ckpt.pt -> checkpoint, model with the best weights; or LoopedError."""
+    """A run's folder or its ckpt.pt -> checkpoint, model with the best weights; or UserError."""
     path = Path(path)
     if path.is_dir():
         path = path / "ckpt.pt"
     if not path.is_file():
-        raise LoopedError(f"{path}: there is no checkpoint; give a run's folder or a .pt file")
+        raise UserError(f"{path}: there is no checkpoint; give a run's folder or a .pt file")
     try:
         # torch does not compare the checksums: a flipped bit would give wrong answers silently
         with zipfile.ZipFile(path) as archive:
@@ -784,17 +796,18 @@ def read_checkpoint(path, device="cpu"):
         model.load_state_dict(checkpoint["best"], assign=True)
         if not all(weight.isfinite().all() for weight in model.parameters()):
             raise ValueError("weights are not finite")
-        if not isinstance(checkpoint["step"], int) or not 0 <= checkpoint["step"]:
-            raise ValueError(f"step {checkpoint['step']!r}")
     except Exception as error:      # torch raises a dozen kinds for truncated and foreign files
         reason = " ".join(str(error).split())
-        raise LoopedError(f"{path}: broken or not a checkpoint of looped.py "
-                          f"({reason:.200})") from None
+        raise UserError(f"{path}: not a checkpoint that this looped.py can read "
+                             f"({reason:.200})") from None
     return checkpoint, model.to(device).eval().requires_grad_(False)
 
 
 def load(path, device="cpu"):
-    """A run's folder or a checkpoint -> (model, cfg), with the weights that validated best."""
+    """A run's folder or a checkpoint -> (model, cfg), with the weights that validated best.
+
+    The weights take no gradient: model.requires_grad_(True) to train them on.
+    """
     _, model = read_checkpoint(path, device)
     return model, model.cfg
 
@@ -823,8 +836,9 @@ ROUNDING = 2e-6
 def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
     """Loop puzzles x [N, L] from h_0 = e -> yields t, h_t [N, L, D], residual [N] for t = 1, 2, ...
 
-    residual: the largest |step(h) - h| / |h| of a puzzle's tokens in loop t, h being h_{t-1}. Once
-    it is below freeze_below a puzzle stays as it is, and costs nothing more.
+    residual: the largest |step(h) - h| / |h| of a puzzle's tokens in loop t, h being h_{t-1}. (The
+    table of evaluate() has it at t - 1, as what one more loop would do.) Once it is below
+    freeze_below a puzzle stays as it is, and costs nothing more.
     h <- (1 - damping) step(h) + damping h has the same fixed points, and flips less around them.
     h and residual are written in place: clone what you keep.
     """
@@ -842,30 +856,22 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
         yield t, h, residual
 
 
-def evaluate(model, x, y, loops, progress=None, freeze_below=ROUNDING):
+@torch.inference_mode()
+def evaluate(model, x, y, loops, progress=None, freeze_below=ROUNDING, tol=1e-3):
     """Loop puzzles x, y [N, L] int64 and measure after each loop count t of the list `loops`.
 
-    -> {t: {"exact":      share of puzzles with every token right (those that are not scored, such
-                          as the clues of a sudoku, have known labels too),
-            "token":      share of scored tokens that are right, mean over puzzles,
-            "residual":   largest |h_{t+1} - h_t| / |h_t| of a token, mean over puzzles,
-            "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
-            "norm_ratio": |h_t| / |h_1|, mean over puzzles}}
+    -> means {t: {"exact":      share of puzzles with every token right (those that are not scored,
+                                such as the clues of a sudoku, have known labels too),
+                  "token":      share of scored tokens that are right, mean over puzzles,
+                  "residual":   largest |h_{t+1} - h_t| / |h_t| of a token, mean over puzzles,
+                  "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
+                  "norm_ratio": |h_t| / |h_1|, mean over puzzles}},
+    and what solve() would say, in the same pass: labels [N, L], loops used [N] and converged [N] of
+    puzzles that stop when they have converged, or else at the largest loop count.
     A puzzle that moves less than freeze_below is looped no more: its residual2 is then 0.
     """
-    means, *_ = evaluate_and_halt(model, x, y, loops, progress, freeze_below)
-    return means
-
-
-@torch.inference_mode()
-def evaluate_and_halt(model, x, y, loops, progress=None, freeze_below=ROUNDING, tol=1e-3):
-    """What evaluate() says, and what solve() would, in one pass over the loops.
-
-    -> what evaluate() returns; and labels [N, L], loops used [N] and converged [N] of puzzles that
-    stop when they have converged, or else at the largest loop count.
-    """
     if min(loops) < 1:
-        raise LoopedError(f"loop counts start at 1, not at {min(loops)}")
+        raise UserError(f"loop counts start at 1, not at {min(loops)}")
     last = max(loops)
     names = ("exact", "token", "residual", "residual2", "norm_ratio")
     table = {t: {name: torch.zeros(len(x), device=x.device) for name in names} for t in loops}
@@ -879,7 +885,8 @@ def evaluate_and_halt(model, x, y, loops, progress=None, freeze_below=ROUNDING, 
         scored = model.task.scored(x[chunk])
         kept = {}
 
-        # two loops more than asked for: the residuals of the last count look ahead
+        # two loops more than asked for: the residuals of the last count look ahead. No puzzle is
+        # frozen above tol, where it could not be seen to converge
         for t, h, residual in run_loop(model, x[chunk], last + 2, min(freeze_below, tol)):
             if t == 1:
                 first_norm = h.norm(dim=(1, 2))
@@ -896,7 +903,7 @@ def evaluate_and_halt(model, x, y, loops, progress=None, freeze_below=ROUNDING, 
             if t - 2 in table:
                 table[t - 2]["residual2"][chunk] = relative_change(h, kept.pop(t - 2))
 
-            # a puzzle that stops by itself has the state of this loop
+            # what solve() returns: the state of the loop in which a puzzle stops by itself
             if t <= last:
                 stops = ~converged[chunk] & ((residual < tol) | (t == last))
                 halted[stops] = h[stops]
@@ -934,8 +941,8 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
 def retry(model, x, tries, generator, progress=None, **halting):
     """solve(), and again, in a random symmetric form, for what did not converge: `tries` in all.
 
-    For example a board with its digits renamed and its rows and columns in another order; no labels
-    are needed. The first answer that converged counts, or else that of the first try.
+    For example a board with its digits renamed and its rows and columns in another order; its
+    solution is not needed. The first answer that converged counts, or else that of the first try.
     (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
     halting: options of solve(), for every try; progress(tried, tries) is called before each retry.
     -> labels [N, L], loops used in all tries [N], converged [N].
@@ -977,7 +984,7 @@ def report(cfg, model, sets):
     for level in levels:
         x, y = sets[level]
         progress = data.progress(f"evaluating {level}")
-        result[level], labels, used, converged = evaluate_and_halt(model, x, y, counts, progress,
+        result[level], labels, used, converged = evaluate(model, x, y, counts, progress,
                                                                    tol=cfg.tol)
         if cfg.tries > 1:
             generator = torch.Generator(x.device).manual_seed(cfg.seed)
@@ -988,6 +995,7 @@ def report(cfg, model, sets):
         result["halting"][level] = {
             "n": len(x),
             "tries": cfg.tries,
+            "damping": cfg.damping if cfg.tries > 1 else 0.0,
             "exact": right.double().mean().item(),
             "loops": used.double().mean().item(),
             "converged": converged.double().mean().item(),
@@ -1012,11 +1020,14 @@ def print_table(cfg, levels, counts, result):
         solved = exact[cfg.eval_loops]
         low, high = wilson(solved, halt["n"])
         best = max(counts, key=exact.get)
+        how = "when each stops by itself"
+        if cfg.tries > 1:
+            how = f"in up to {cfg.tries} tries, damped by {cfg.damping}"
         print(f"\n{level}: {meaning}, {halt['n']} puzzles\n"
               f"  {solved:.3f} solved at {cfg.eval_loops} loops (95 % interval {low:.3f} to "
               f"{high:.3f}; most at {best} loops)\n"
-              f"  {halt['exact']:.3f} of {halt['n']} solved when each stops by itself (tries: "
-              f"{cfg.tries}): {halt['converged']:.0%} converge, {halt['loops']:.0f} loops")
+              f"  {halt['exact']:.3f} solved {how}: {halt['converged']:.0%} converge, "
+              f"{halt['loops']:.0f} loops")
 
 
 @torch.inference_mode()
@@ -1025,7 +1036,7 @@ def watch(cfg, model):
 
     Prints the prediction at loops 1, 2, 4, ... until the state converges.
     """
-    task = model.task
+    task = cfg.make_task()      # not model.task: --hard_bits may differ from training
     if cfg.puzzle is not None:
         text = cfg.puzzle
         x, y = task.parse(text)             # y is None if no single solution is known
@@ -1034,6 +1045,8 @@ def watch(cfg, model):
         x, y = hard.x[0], hard.y[0]
         text = task.text(x)
     print("+ right   x wrong   ~ changed since it was last shown   = unchanged, truth unknown")
+    if cfg.damping > 0:
+        print(f"damped: each loop is h <- {1 - cfg.damping:g} step(h) + {cfg.damping:g} h")
 
     shown = None                            # the labels that were printed last
     max_loops = 2 * cfg.eval_loops          # a puzzle of yours may be harder than ours
@@ -1045,7 +1058,7 @@ def watch(cfg, model):
             continue
 
         labels = task.predict(model.readout(h))[0].numpy()
-        print(f"\nloop {t}, residual {residual.item():.1g}")
+        print(f"\nloop {t}, moved by {residual.item():.1g}")
         print(task.show(x, labels, functools.partial(mark_token, labels, shown, y)))
         shown = labels
         if converged:
@@ -1066,7 +1079,7 @@ def mark_token(labels, shown, y, i, text):
 # -----------------------------------------------------------------------------
 # command line
 
-# a resumed run keeps its model, training data and batches; these may change
+# what may change when a run is resumed: all else that made its weights stays
 MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "lr", "clip", "eval_loops", "eval_every",
               "tol", "damping", "tries", "device", "dtype", "compile")
 # a finished run may also be tested on other puzzles
@@ -1099,6 +1112,8 @@ def help_text(field):
     if default is None:
         own = [f"{task} {values[field.name]}" for task, values in DEFAULTS.items()
                if field.name in values]
+        own += [f"{side}x{side} {values[field.name]}" for side, values in SIDE_DEFAULTS.items()
+                if field.name in values]
         default = ", ".join(own)
     if default != "" and default is not False:
         text += f" (default: {default})"
@@ -1108,24 +1123,24 @@ def help_text(field):
 def configure(given):
     """The options that were given -> Config, and checkpoint, model of --resume or None, None.
 
-    Raises LoopedError for options that contradict each other, the task or the checkpoint.
+    Raises UserError for options that contradict each other, the task or the checkpoint.
     """
     for name, value in given.items():
         if value == "":
-            raise LoopedError(f"--{name}: is empty; give a value or leave the option out")
+            raise UserError(f"--{name}: is empty; give a value or leave the option out")
     base = {}
     checkpoint = None
     model = None
     if "resume" in given:
         if "preset" in given:
-            raise LoopedError("--preset is for new runs: a resumed one keeps its options")
+            raise UserError("--preset is for new runs: a resumed one keeps its options")
         checkpoint, model = read_checkpoint(given["resume"])
         base = {name: value for name, value in checkpoint["config"].items()
                 if name not in OF_ONE_CALL}
     elif given.get("preset") == "paper":
         task = given.get("task", "prefix_sums")
         if task in data.TASKS and task not in PAPER_PRESET:
-            raise LoopedError(f"--preset paper: {task} is no task of the paper")
+            raise UserError(f"--preset paper: {task} is no task of the paper")
         base = PAPER_PRESET.get(task, {})
     cfg = Config(**(base | given))
     check_options(given, cfg)
@@ -1135,25 +1150,26 @@ def configure(given):
 
 
 def check_options(given, cfg):
-    """Raises LoopedError if an option that was given has no meaning beside the others."""
+    """Raises UserError if an option that was given has no meaning beside the others."""
     for field in dataclasses.fields(Config):
         name = field.name
         tasks = field.metadata["tasks"]
         if name in given and tasks and cfg.task not in tasks:
-            raise LoopedError(f"--{name}: is an option of {', '.join(tasks)}, not of {cfg.task}")
+            raise UserError(f"--{name}: is an option of {', '.join(tasks)}, not of {cfg.task}")
     for name in ("rest", "grad_loops"):
         if name in given and cfg.train != "carry":
-            raise LoopedError(f"--{name} is for --train carry: leave the option out")
+            raise UserError(f"--{name} is for --train carry: leave the option out")
     if cfg.watch and cfg.resume is None:
-        raise LoopedError("--watch needs a trained model: --resume RUN")
+        raise UserError("--watch needs a trained model: --resume RUN")
     if cfg.puzzle is not None and not cfg.watch:
-        raise LoopedError("--puzzle is for --watch: add that")
-    if cfg.tries > 1 and not cfg.make_task().symmetric:
-        raise LoopedError(f"--tries {cfg.tries}: {cfg.task} has no symmetry, so it must be 1")
+        raise UserError("--puzzle is for --watch: add that")
+    for name in ("files", "device", "out"):
+        if cfg.watch and name in given:
+            raise UserError(f"--{name} has no meaning for --watch: leave it out")
 
 
 def check_resume(cfg, checkpoint, old):
-    """Raises LoopedError if cfg asks of a run with the Config `old` what it cannot give."""
+    """Raises UserError if cfg asks of a run with the Config `old` what it cannot give."""
     may_change = MAY_CHANGE
     if checkpoint["step"] == cfg.steps:
         may_change = MAY_CHANGE_AT_THE_END
@@ -1161,28 +1177,28 @@ def check_resume(cfg, checkpoint, old):
         new = getattr(cfg, field.name)
         made_with = getattr(old, field.name)
         if field.name not in may_change + OF_ONE_CALL and new != made_with:
-            raise LoopedError(f"--{field.name} {new}: the run was made with {made_with}; "
+            raise UserError(f"--{field.name} {new}: the run was made with {made_with}; "
                               "leave the option out")
     if cfg.steps < checkpoint["step"]:
-        raise LoopedError(f"--steps {cfg.steps}: the run has done {checkpoint['step']} already")
+        raise UserError(f"--steps {cfg.steps}: the run has done {checkpoint['step']} already")
     if cfg.steps > checkpoint["step"] and "optimizers" not in checkpoint:
-        raise LoopedError(f"{cfg.resume}: holds weights only, training cannot go on from them")
+        raise UserError(f"{cfg.resume}: holds weights only, training cannot go on from them")
 
 
 def pick_device(cfg):
-    """-> "cuda", "mps" or "cpu". Raises LoopedError if the machine lacks what is asked for."""
+    """-> "cuda", "mps" or "cpu". Raises UserError if the machine lacks what is asked for."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     device = cfg.device
     if device == "auto":
         device = next(name for name in available if available[name])
     if not available[device]:
-        raise LoopedError(f"--device {device}: there is none here (or torch is a CPU build); "
+        raise UserError(f"--device {device}: there is none here (or torch is a CPU build); "
                           "use --device cpu")
     if device == "cpu" and cfg.compile == "on":
         compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
         if not any(map(shutil.which, compilers)):
-            raise LoopedError("--compile on: there is no C++ compiler; install g++, or use off")
+            raise UserError("--compile on: there is no C++ compiler; install g++, or use off")
     return device
 
 
@@ -1213,7 +1229,7 @@ def run_folder(resume):
 
 
 def claim_folder(cfg):
-    """-> the folder to write to. Its log.jsonl claims it; LoopedError if another run has it."""
+    """-> the folder to write to. Its log.jsonl claims it; UserError if another run has it."""
     task = f"sudoku{cfg.side}" if cfg.task == "sudoku" else cfg.task
     out = Path("out", f"{task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}")
     if cfg.out is not None:
@@ -1228,11 +1244,8 @@ def claim_folder(cfg):
         try:
             open(out / "log.jsonl", "x").close()    # of two runs at the same time, one succeeds
         except FileExistsError:
-            if not (out / "ckpt.pt").exists():
-                raise LoopedError(f"{out} is taken: choose another --out (or delete it, if no run "
-                                  "is using it)") from None
-            raise LoopedError(f"{out} holds a run: --resume {out} goes on with it, --out DIR "
-                              "starts another") from None
+            raise UserError(f"{out} is taken: --resume {out} goes on with the run in it, "
+                                 "--out DIR starts another; if there is none, delete it") from None
     return out
 
 
@@ -1251,19 +1264,14 @@ def describe(cfg, model, sets, out, device):
     print(f"task      {cfg.task}\neasy      {levels['easy']}\nhard      {levels['hard']}")
     print(f"model     {cfg.recall} recall, {cfg.norm} norm, {parameters:,} parameters")
     print(f"training  {cfg.steps} steps of {cfg.batch} from {len(x)} easy puzzles, "
-          f"{cfg.loops} loops each")
+          f"up to {cfg.loops} loops each")
     print(f"device    {device}, torch {torch.__version__}, seed {cfg.seed}")
     print(f"run       {out}\n")
     print(task.show(x[0].cpu().numpy(), y[0].cpu().numpy()) + "\n", flush=True)
 
-    commit = ""
-    if shutil.which("git"):
-        here = str(Path(__file__).resolve().parent)
-        command = ["git", "-C", here, "log", "-1", "--format=%h"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     chip = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     log(out, {"config": dataclasses.asdict(cfg), "parameters": parameters, "chip": chip,
-              "torch": torch.__version__, "commit": commit})
+              "torch": torch.__version__})
 
 
 def run_training(cfg, checkpoint):
@@ -1290,7 +1298,7 @@ def run_training(cfg, checkpoint):
         unclaim_folder(out)
         if isinstance(error, KeyboardInterrupt) and (out / "ckpt.pt").exists():
             again = f"python looped.py --resume {shlex.quote(str(out))}"
-            raise LoopedError(f"stopped; resume from the last validation with: {again}",
+            raise UserError(f"stopped; resume from the last validation with: {again}",
                               exit_code=130) from None
         raise
 
@@ -1328,7 +1336,7 @@ def save_evaluation(cfg, checkpoint, model, sets, out):
 
 
 def execute(argv):
-    """Do what a command line asks for -> exit code 0. Raises LoopedError."""
+    """Do what a command line asks for -> exit code 0. Raises UserError."""
     given = parse(argv)
     try:
         cfg, checkpoint, model = configure(given)
@@ -1345,7 +1353,7 @@ def execute(argv):
             raise
         costly = [name for name in ("batch", "width", "n_train", "hard_bits") if name in given]
         large = ", ".join(f"--{name} {given[name]}" for name in costly)
-        raise LoopedError(f"out of memory: lower {large or '--batch or --width'}; if the run had "
+        raise UserError(f"out of memory: lower {large or '--batch or --width'}; if the run had "
                           "begun, its folder is taken: choose another --out", exit_code=1) from None
     return 0
 

@@ -1521,9 +1521,9 @@ def execute(args):
     names = args.only.split(",")
     for name in names:
         if name not in CLAIMS:
-            raise looped.LoopedError(f"--only {name}: no such claim; one of {' '.join(CLAIMS)}")
+            raise data.UserError(f"--only {name}: no such claim; one of {' '.join(CLAIMS)}")
     if args.inputs < 2:
-        raise looped.LoopedError(f"--inputs {args.inputs}: must be 2 or more")
+        raise data.UserError(f"--inputs {args.inputs}: must be 2 or more")
     if args.json is not None:       # a bad place fails now, not after minutes of work
         with open(args.json, "ab"):
             pass
