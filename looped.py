@@ -1352,9 +1352,11 @@ def execute(argv):
         if not known and "allocate" not in str(error):
             raise
         costly = [name for name in ("batch", "width", "n_train", "hard_bits") if name in given]
-        large = ", ".join(f"--{name} {given[name]}" for name in costly)
-        raise UserError(f"out of memory: lower {large or '--batch or --width'}; if the run had "
-                          "begun, its folder is taken: choose another --out", exit_code=1) from None
+        lower = ", ".join(f"--{name} {given[name]}" for name in costly) or "--batch or --width"
+        if "resume" in given:
+            lower = "--n_test, --n_hard or --hard_bits (the other sizes are those of the run)"
+        raise UserError(f"out of memory: lower {lower}; if the run had begun, its folder is taken: "
+                        "choose another --out", exit_code=1) from None
     return 0
 
 

@@ -715,7 +715,8 @@ def test_the_report_gives_the_tests_at_the_last_loop_count_and_the_best_only_bes
     result, printed = scripted_report(monkeypatch, capsys, exact)
     for level, n in (("easy", 6), ("hard", 8)):
         assert {t: row["exact"] for t, row in result[level].items()} == exact[level]
-        assert re.search(rf"^{level}: .*, {n} puzzles\n.*\n.* solved when each stops by itself", printed, re.M)
+        stops = "solved when each stops by itself"
+        assert re.search(rf"^{level}: .*, {n} puzzles\n.*\n.* {stops}", printed, re.M)
 
         # the sentence: 4 loops, and the interval of the rate at 4 loops
         low, high = looped.wilson(exact[level][4], n)
