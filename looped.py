@@ -73,7 +73,7 @@ if not hasattr(data, "TASKS"):
 BOARD = dict(n_train=20000, n_hard=256, width=64, loops=30, grad_loops=3, steps=8000,
              batch=64, optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25, window=0)
 DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, width=32, loops=21, grad_loops=3, steps=1200,
+    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=1200,
                         batch=64, optimizer="adamw", lr=3e-3, eval_loops=500, damping=0.0,
                         window=5),
     "sudoku": BOARD,
