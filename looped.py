@@ -61,21 +61,16 @@ import torch.nn.functional as F
 import data
 from data import UserError
 
-# another package named data may come first on the path
-if not hasattr(data, "TASKS"):
-    raise ImportError(f"looped.py needs the data.py beside it, but Python found {data.__file__}")
-
 # -----------------------------------------------------------------------------
 # defaults of the tasks, and the authors' protocol
 
 # sudoku, and any task without a line of its own; there carry_loss gives a puzzle its 30 loops in
 # 30 / 3 = 10 optimizer steps
-BOARD = dict(n_train=20000, n_hard=256, width=64, loops=30, grad_loops=3, steps=8000,
-             batch=64, optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25, window=0)
+BOARD = dict(n_train=20000, n_hard=256, window=0, loops=30, grad_loops=3, steps=8000,
+             optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25)
 DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, width=64, loops=21, grad_loops=3, steps=1200,
-                        batch=64, optimizer="adamw", lr=3e-3, eval_loops=500, damping=0.0,
-                        window=5),
+    "prefix_sums": dict(n_train=8000, n_hard=64, window=5, loops=21, grad_loops=3, steps=1200,
+                        optimizer="adamw", lr=3e-3, eval_loops=500, damping=0.0),
     "sudoku": BOARD,
     "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
                           eval_loops=64),
@@ -129,7 +124,7 @@ class Config:
     n_hard: int = option(None, "hard puzzles that are only reported")
 
     # model
-    width: int = option(None, "D, channels of the state", group="model")
+    width: int = option(64, "D, channels of the state", group="model")
     heads: int = option(4, "attention heads")
     window: int = option(None, "a token attends to so many tokens around it; 0: to all", low=0)
     positions: str = option("absolute", "RoPE; absolute adds a start token (strings) or an "
@@ -150,7 +145,7 @@ class Config:
     rest: float = option(0.1, "carry: weight in the loss of how far the last loop moves the state",
                          low=0)
     steps: int = option(None, "optimizer steps")
-    batch: int = option(None, "puzzles in a step")
+    batch: int = option(64, "puzzles in a step")
     optimizer: str = option(None, "AdamW, or Muon for hidden matrices and AdamW for the rest",
                             ("adamw", "muon"))
     lr: float = option(None, "learning rate; warm-up and decay scale it down")
