@@ -3254,14 +3254,6 @@ def test_a_row_has_the_mean_and_the_n_minus_1_deviation_of_its_seeds(raw, notebo
     assert row[6].startswith(f"{round(256 * sum(values))} of 768 [")
 
 
-def test_the_interval_is_where_the_score_test_stops_to_reject():
-    low, high = results.wilson(45, 60)
-    for edge in (low, high):        # |share - p| = 1.96 sqrt(p (1 - p) / n) at both ends
-        assert abs(0.75 - edge) == pytest.approx(1.96 * (edge * (1 - edge) / 60) ** 0.5)
-    assert results.wilson(0, 10)[0] == 0
-    assert results.wilson(10, 10)[1] == pytest.approx(1)
-
-
 def made_up_run(raw, name, **options):
     """A run's eval.json with options of its own -> its folder and the path of the file."""
     folder = raw / "made-up" / name

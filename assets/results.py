@@ -15,6 +15,7 @@ names differ in "-seedN" alone are one row. Standard deviations have n - 1, inte
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -23,8 +24,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+# the project's own modules lie in the folder above
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+import looped
+import theory
+from data import UserError
+
+ROOT = Path(looped.__file__).resolve().parent
 ASSETS = ROOT / "assets"
 RAW = ASSETS / "results"
 NOTEBOOKS = [ROOT / "README.md", RAW / "README.md"]
@@ -37,10 +47,6 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 # the cells of the grid, in the order in which they are shown
 RECALLS = ("none", "external", "internal")
 GRID_NORMS = ("pre", "peri", "outer", "gru")
-
-
-class ResultsError(Exception):
-    """A request that cannot be met, told in one line."""
 
 
 # ----------------------------------------------------------------------------
@@ -80,7 +86,7 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except ValueError:
-        raise ResultsError(f"{path}: not a JSON file") from None
+        raise UserError(f"{path}: not a JSON file") from None
 
 
 def without_seed(name):
@@ -89,7 +95,7 @@ def without_seed(name):
 
 
 def read_run(path):
-    """An eval.json -> Run. Raises ResultsError."""
+    """An eval.json -> Run. Raises UserError."""
     folder = path.parent
     seed = re.search(r"seed(\d+)$", folder.name)
     name = without_seed(folder.name) or folder.resolve().parent.name
@@ -98,7 +104,7 @@ def read_run(path):
         for level in LEVELS:
             run.last(level)["residual"], run.n(level), run.halting(level)
     except (LookupError, TypeError, AttributeError, ValueError):
-        raise ResultsError(f"{path}: not an eval.json of looped.py") from None
+        raise UserError(f"{path}: not an eval.json of looped.py") from None
     return run
 
 
@@ -108,7 +114,7 @@ def find_groups(raw, patterns):
     for pattern in patterns:
         runs = [read_run(path) for path in sorted(raw.glob(f"{pattern}/eval.json"))]
         if not runs:
-            raise ResultsError(f"{raw / pattern}: no eval.json there")
+            raise UserError(f"{raw / pattern}: no eval.json there")
         for run in sorted(runs, key=lambda run: (run.folder.parent, run.name, run.seed)):
             name = run.name
             # one name in two folders: say which
@@ -120,15 +126,6 @@ def find_groups(raw, patterns):
 
 # ----------------------------------------------------------------------------
 # numbers and how they are written
-
-
-def wilson(hits, n, z=1.96):
-    """The 95 % interval of a share of which `hits` of `n` were seen (Wilson, 1927)."""
-    share = hits / n
-    middle = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    scale = 1 + z * z / n
-    return max(0.0, middle - half) / scale, min(scale, middle + half) / scale
 
 
 def spread(values, form=".3f"):
@@ -158,7 +155,7 @@ def halted(runs, levels, share):
 def pooled(runs, level):
     """All puzzles of all seeds, with the interval of their share: 659 of 768 [0.830, 0.882]."""
     hits, n = hits_of(runs, level)
-    low, high = wilson(hits, n)
+    low, high = looped.wilson(hits / n, n)
     return f"{hits:,} of {n:,} [{low:.3f}, {high:.3f}]"
 
 
@@ -427,10 +424,10 @@ def pairs_table(raw, pattern, first, second):
     groups = find_groups(raw, [pattern])
     for name in (first, second):
         if name not in groups:
-            raise ResultsError(f"{raw / pattern}: no run {name} there")
+            raise UserError(f"{raw / pattern}: no run {name} there")
     pairs = pair_by_seed(groups, first, second)
     if len(pairs) < 2:
-        raise ResultsError(f"{first}, {second}: a pair needs two seeds in common")
+        raise UserError(f"{first}, {second}: a pair needs two seeds in common")
 
     shares = {"one pass": [[run.exact("hard") for run in pair] for pair in pairs]}
     halting = [run.result["halting"]["hard"] for pair in pairs for run in pair]
@@ -678,7 +675,7 @@ def theory_table(raw, *folders):
             name = f"{Path(folder).name}, {kind}"
             rows.append([name, len(tables), size, f"{held} of {len(tables)}"])
     if not rows:
-        raise ResultsError(f"{raw}: no table of theory.py in {', '.join(folders)}")
+        raise UserError(f"{raw}: no table of theory.py in {', '.join(folders)}")
     return markdown(["seeds from", "seeds", "rows", "seeds of which every row holds"], rows)
 
 
@@ -724,11 +721,13 @@ def make_table(raw, spec):
     """What follows "table" in a marker -> the table, a string."""
     kind, *arguments = spec.split()
     if kind not in TABLES:
-        raise ResultsError(f"table {spec}: unknown kind; one of {', '.join(TABLES)}")
+        raise UserError(f"table {spec}: unknown kind; one of {', '.join(TABLES)}")
     try:
         return TABLES[kind](raw, *arguments)
+    except UserError:
+        raise
     except (LookupError, StopIteration, TypeError, ValueError) as e:
-        raise ResultsError(f"table {spec}: {type(e).__name__} {e}") from e
+        raise UserError(f"table {spec}: {type(e).__name__} {e}") from e
 
 
 def tables(raw, folders):
@@ -736,7 +735,7 @@ def tables(raw, folders):
     for folder in folders or [raw]:
         paths = sorted(Path(folder).rglob("eval.json"))
         if not paths:
-            raise ResultsError(f"{folder}: no eval.json there")
+            raise UserError(f"{folder}: no eval.json there")
         for parent in sorted({path.parent.parent for path in paths}):
             print(f"\n## {parent}\n\n{runs_table(parent, '*')}\n\n{loops_table(parent, '*')}")
 
@@ -750,7 +749,7 @@ def read_blocks(path, raw):
     begun = re.findall(r"^<!-- table ", text, re.M)
     ended = re.findall(r"^<!-- end -->$", text, re.M)
     if len(begun) != len(ended):
-        raise ResultsError(f"{path}: each <!-- table ... --> needs its own <!-- end -->")
+        raise UserError(f"{path}: each <!-- table ... --> needs its own <!-- end -->")
     blocks = []
 
     def refill(match):
@@ -900,7 +899,7 @@ def new_figure(width, height, rows=1, columns=1, **options):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ResultsError("figures need matplotlib: pip install matplotlib") from None
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
@@ -1006,11 +1005,6 @@ def plain_ticks(axis, values):
 
 def halting_figure(out):
     """Harder puzzles take more loops: strings by their length, boards by their rating."""
-    import torch
-
-    import data
-    import looped
-
     figure, ((left, right),) = new_figure(8, 3.2, 1, 2)
     torch.manual_seed(0)
     model, cfg = looped.load(ASSETS / "prefix_sums.pt")
@@ -1059,10 +1053,6 @@ NORMS = {"pre": BLUE, "peri": YELLOW, "outer": GREEN, "sandwich": PINK}
 
 def regions_figure(out):
     """Where a scalar loop reaches a fixed point, and where theory.py says that it does."""
-    import torch
-
-    import theory
-
     side = torch.linspace(-4, 4, 160, dtype=torch.float64)
     y, x = (t.flatten() for t in torch.meshgrid(side, side, indexing="ij"))
     figure, axes = new_figure(7, 6.8, 2, 2, sharex=True, sharey=True)
@@ -1089,8 +1079,6 @@ def regions_figure(out):
 
 def drift_figure(out):
     """The state and its residual in an untrained block, against loops."""
-    import theory
-
     figure, axes = new_figure(8.5, 5, 2, 3, sharex=True, sharey="row")
     for (top, low), recall in zip(axes.T, ("none", "external", "internal"), strict=True):
         for norm, colour in NORMS.items():
@@ -1111,8 +1099,6 @@ def drift_figure(out):
 
 def staircase_figure(out):
     """Limits along a path of inputs: steps without recall, smooth pieces with it."""
-    import theory
-
     figure, axes = new_figure(7, 3, 1, 2, sharey=True)
     for axis, recall, title in zip(axes[0], (0.0, 4.0), ("no recall", "recall"), strict=True):
         place, limit = theory.tanh_path(0, recall, 801, 4000)
@@ -1125,10 +1111,6 @@ def staircase_figure(out):
 
 def spectrum_figure(out):
     """Eigenvalues of the Jacobian of untrained blocks after 1,000 loops."""
-    import torch
-
-    import theory
-
     names = ("pre + internal", "outer + none", "outer + external", "outer + internal")
     figure, axes = new_figure(8.5, 2.9, 1, len(names))
     circle = torch.linspace(0, 2 * math.pi, 200)
@@ -1153,7 +1135,7 @@ def figures(raw, out, names):
     }
     for name in names or draw:
         if name not in draw:
-            raise ResultsError(f"figures {name}: one of {', '.join(draw)}")
+            raise UserError(f"figures {name}: one of {', '.join(draw)}")
         draw[name]()
 
 
@@ -1176,7 +1158,7 @@ class Canvas:
         try:
             from PIL import Image, ImageDraw, ImageFont
         except ImportError:
-            raise ResultsError("the movie needs pillow: pip install pillow") from None
+            raise UserError("the movie needs pillow: pip install pillow") from None
         self.image = Image.new("RGB", (width * ZOOM, height * ZOOM), "white")
         self.pen = ImageDraw.Draw(self.image)
         self.font = ImageFont.load_default
@@ -1198,10 +1180,6 @@ class Canvas:
 
 def loop_by_loop(model, x, tol, damping, limit):
     """One puzzle x [L] -> after each loop until it converges: predicted labels [L], residual."""
-    import torch
-
-    import looped
-
     found = []
     with torch.inference_mode():
         batch = torch.as_tensor(x)[None].long()
@@ -1311,16 +1289,12 @@ def board_frame(x, y, answer, residuals, total, tol, converged):
 
 def movie(out):
     """A board that solves itself, as a GIF."""
-    import torch
-
-    import looped
-
     torch.set_num_threads(1)
     model, cfg = looped.load(ASSETS / "sudoku9.pt")
     x, y = model.task.parse(BOARD)
     found = loop_by_loop(model, x, cfg.tol, cfg.damping, 150)
     if found[-1][1] >= cfg.tol or (found[-1][0] != y).any():
-        raise ResultsError("assets/sudoku9.pt does not solve the board of the movie in 150 loops")
+        raise UserError("assets/sudoku9.pt does not solve the board of the movie in 150 loops")
 
     residuals = [residual for _, residual in found]
     total = 10 * math.ceil(len(found) / 10)
@@ -1336,8 +1310,8 @@ def movie(out):
 # command line
 
 
-def main(argv=None):
-    """-> exit code: 0, 1 if check finds a difference, 2 for what cannot be done, 130 for Ctrl-C."""
+def parse(argv):
+    """The command line -> its arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1351,33 +1325,31 @@ def main(argv=None):
     )
     parser.add_argument("--results", type=Path, default=RAW, help="the folder of raw results")
     parser.add_argument("--out", type=Path, default=ASSETS, help="where figures and movies go")
-    args = parser.parse_args(argv)
-    sys.path.insert(0, str(ROOT))
-    try:
-        if args.command == "tables":
-            tables(args.results, args.paths)
-        elif args.command == "write":
-            write(args.results, args.paths)
-        elif args.command == "check":
-            return check(args.results, args.paths)
-        elif args.command == "curve":
-            if len(args.paths) != 1:
-                raise ResultsError("curve: name one run")
-            curve(Path(args.paths[0]))
-        elif args.command == "figures":
-            figures(args.results, args.out, args.paths)
-        elif args.command == "movie":
-            movie(args.out)
-        return 0
-    except ResultsError as e:
-        message = e
-    except OSError as e:
-        message = f"{e.filename}: {e.strerror}"
-    except KeyboardInterrupt:
-        print("results.py: interrupted", file=sys.stderr)
-        return 130
-    print(f"results.py: {message}", file=sys.stderr)
-    return 2
+    return parser.parse_args(argv)
+
+
+def execute(args):
+    """Do what the arguments ask for -> exit code."""
+    if args.command == "tables":
+        tables(args.results, args.paths)
+    elif args.command == "write":
+        write(args.results, args.paths)
+    elif args.command == "check":
+        return check(args.results, args.paths)
+    elif args.command == "curve":
+        if len(args.paths) != 1:
+            raise UserError("curve: name one run")
+        curve(Path(args.paths[0]))
+    elif args.command == "figures":
+        figures(args.results, args.out, args.paths)
+    elif args.command == "movie":
+        movie(args.out)
+    return 0
+
+
+def main(argv=None):
+    """-> exit code: 0, 1 if check finds a difference, 2 for what cannot be done, 130 for Ctrl-C."""
+    return data.run("results.py", functools.partial(execute, parse(argv)))
 
 
 if __name__ == "__main__":
