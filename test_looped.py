@@ -2857,7 +2857,7 @@ def test_tangent_follows_the_derivative_of_the_whole_path():
     ("R4", "limits", "limit - sign"), ("R4", "steps", "decides"),
     ("R5", "limits", "moves the limit"), ("R5", "steps", "share reached"),
     ("R6", "steps", "above the threshold: share"), ("I2", "limits", "1e-9 to 0.1"),
-    ("I3", "steps", "share of inputs that converge"), ("G5", "steps", "")])
+    ("G5", "steps", "")])
 def test_every_other_state_that_goes_astray_fails_the_claim(name, what, row_of, monkeypatch):
     real = theory.iterate
     noise = theory.rng(1)
@@ -2872,12 +2872,8 @@ def test_every_other_state_that_goes_astray_fails_the_claim(name, what, row_of, 
             step[..., ::2] += 1e-3
         return h, step
     monkeypatch.setattr(theory, "iterate", iterate)
-    rows = list(theory.CLAIMS[name](0, quick=True))
-    if name == "I3":                        # a share, which the claim only bounds from below
-        share, = [float(row.measured) for row in rows if row_of in row.what]
-        assert share <= 0.5
-    else:
-        assert any(row_of in row.what and not is_control(row) for row in failed(rows))
+    rows = (row for row in theory.CLAIMS[name](0, quick=True) if row_of in row.what)
+    assert any(not row.passed and not is_control(row) for row in rows)
 
 
 def test_the_controls_of_r5_fail_where_everything_comes_to_rest(monkeypatch):
