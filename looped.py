@@ -852,8 +852,8 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
 
 
 @torch.inference_mode()
-def evaluate(model, x, y, loops, progress=None, freeze_below=ROUNDING, tol=1e-3):
-    """Loop puzzles x, y [N, L] int64 and measure after each loop count t of the list `loops`.
+def evaluate(model, x, y, counts, progress=None, freeze_below=ROUNDING, tol=1e-3):
+    """Loop puzzles x, y [N, L] int64 and measure after each loop count t of the list `counts`.
 
     -> means {t: {"exact":      share of puzzles with every token right (those that are not scored,
                                 such as the clues of a sudoku, have known labels too),
@@ -865,11 +865,11 @@ def evaluate(model, x, y, loops, progress=None, freeze_below=ROUNDING, tol=1e-3)
     puzzles that stop when they have converged, or else at the largest loop count.
     A puzzle that moves less than freeze_below is looped no more: its residual2 is then 0.
     """
-    if min(loops) < 1:
-        raise UserError(f"loop counts start at 1, not at {min(loops)}")
-    last = max(loops)
+    if min(counts) < 1:
+        raise UserError(f"loop counts start at 1, not at {min(counts)}")
+    last = max(counts)
     names = ("exact", "token", "residual", "residual2", "norm_ratio")
-    table = {t: {name: torch.zeros(len(x), device=x.device) for name in names} for t in loops}
+    table = {t: {name: torch.zeros(len(x), device=x.device) for name in names} for t in counts}
     labels = torch.empty_like(y)
     used = torch.zeros(len(x), dtype=torch.long, device=x.device)
     converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -908,7 +908,7 @@ def evaluate(model, x, y, loops, progress=None, freeze_below=ROUNDING, tol=1e-3)
         if progress is not None:
             progress(min(start + size, len(x)), len(x))
 
-    means = {t: {name: row.mean().item() for name, row in table[t].items()} for t in loops}
+    means = {t: {name: row.mean().item() for name, row in table[t].items()} for t in counts}
     return means, labels, used, converged
 
 
