@@ -191,7 +191,7 @@ class Config:
         unit = 2 * len(grid)
         if self.width % (self.heads * unit) != 0:
             raise UserError(f"--width {self.width}: must be a multiple of --heads times {unit}, "
-                              f"that is {self.heads * unit}, because of RoPE")
+                            f"that is {self.heads * unit}, because of RoPE")
         if self.window > 0 and self.window % 2 == 0:
             raise UserError(f"--window {self.window}: must be odd, or 0 for all tokens")
         if self.window > math.prod(grid):
@@ -210,7 +210,7 @@ class Config:
             return
         if choices and value not in choices:
             raise UserError(f"--{field.name} {value}: unknown; choose one of "
-                              + ", ".join(map(str, choices)))
+                            + ", ".join(map(str, choices)))
         if field.type in (int, float):
             if low is None and not 0 < value < 1e8:
                 raise UserError(f"--{field.name} {value}: must be more than 0 and below 1e8")
@@ -1173,7 +1173,7 @@ def check_resume(cfg, checkpoint, old):
         made_with = getattr(old, field.name)
         if field.name not in may_change + OF_ONE_CALL and new != made_with:
             raise UserError(f"--{field.name} {new}: the run was made with {made_with}; "
-                              "leave the option out")
+                            "leave the option out")
     if cfg.steps < checkpoint["step"]:
         raise UserError(f"--steps {cfg.steps}: the run has done {checkpoint['step']} already")
     if cfg.steps > checkpoint["step"] and "optimizers" not in checkpoint:
@@ -1189,7 +1189,7 @@ def pick_device(cfg):
         device = next(name for name in available if available[name])
     if not available[device]:
         raise UserError(f"--device {device}: there is none here (or torch is a CPU build); "
-                          "use --device cpu")
+                        "use --device cpu")
     if device == "cpu" and cfg.compile == "on":
         compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
         if not any(map(shutil.which, compilers)):
@@ -1294,7 +1294,7 @@ def run_training(cfg, checkpoint):
         if isinstance(error, KeyboardInterrupt) and (out / "ckpt.pt").exists():
             again = f"python looped.py --resume {shlex.quote(str(out))}"
             raise UserError(f"stopped; resume from the last validation with: {again}",
-                              exit_code=130) from None
+                            exit_code=130) from None
         raise
 
     run = shlex.quote(str(out))
