@@ -777,7 +777,7 @@ def phrases(raw):
 
     # ... and how many of its strings stop by themselves
     halt = result["halting"]["hard"]
-    said.append(f"{halt['exact']:.3f} of {halt['n']} solved when each stops by itself (tries: 1): "
+    said.append(f"{halt['exact']:.3f} solved when each stops by itself: "
                 f"{halt['converged']:.0%} converge, {halt['loops']:.0f} loops")
 
     # ... and of the same command on another machine
