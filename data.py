@@ -86,7 +86,8 @@ class Task:
     """
 
     name: str           # what --task calls it
-    grid: tuple         # the shape of an easy puzzle's tokens, (length,) or (rows, columns)
+    # the shape of a puzzle's tokens, (length,) of an easy string or (rows, columns) of all boards
+    grid: tuple
     vocab: int          # tokens are 0 .. vocab - 1
     classes: int        # labels are 0 .. classes - 1
     symbols: str        # symbols[token] in text(), symbols[label] in show()
@@ -201,10 +202,11 @@ class Task:
 
     def verdict(self, text, y):
         """The text of a puzzle and labels y [L] -> one line on whether they solve it."""
-        solution = self.parse(text)[1]
-        wrong = (solution != np.asarray(y)).sum()
-        if wrong:
-            return f"{wrong} of {len(solution)} are wrong"
+        x, solution = self.parse(text)
+        wrong = solution != np.asarray(y)
+        asked = self.scored(x)
+        if wrong.any():
+            return f"{(wrong & asked).sum()} of {asked.sum()} are wrong"
         return "solved"
 
 
@@ -1027,7 +1029,7 @@ class Sorter:
         option = "n_test" if split == "easy" else f"n_{split}"
         there = ", ".join(f"{n:,} {name}" for name, n in self.count.items())
         raise UserError(f"{self.need[split]:,} {split} puzzles asked for, but {source} has only "
-                        f"{there}: lower {option}")
+                        f"{there}: ask for fewer ({option})")
 
     def splits(self):
         nothing = np.zeros((0, np.prod(self.task.grid)), np.uint8)

@@ -176,7 +176,7 @@ class Config:
     preset: str = option(None, "the authors' protocol; other flags win over it", ("paper",))
 
     def __post_init__(self):
-        defaults = DEFAULTS.get(self.task, BOARD)
+        defaults = BOARD | DEFAULTS.get(self.task, {})
         if self.task == "sudoku":
             defaults = defaults | SIDE_DEFAULTS.get(self.side, {})
         for field in dataclasses.fields(self):
@@ -194,8 +194,6 @@ class Config:
                             f"that is {self.heads * unit}, because of RoPE")
         if self.window > 0 and self.window % 2 == 0:
             raise UserError(f"--window {self.window}: must be odd, or 0 for all tokens")
-        if self.window > math.prod(grid):
-            raise UserError(f"--window {self.window}: a puzzle has {math.prod(grid)} tokens")
         if self.damping >= 1:
             raise UserError(f"--damping {self.damping}: must be below 1")
         # a puzzle with fewer loops than that is trained whole, in one optimizer step
@@ -218,9 +216,11 @@ class Config:
                 raise UserError(f"--{field.name} {value}: must be between {low} and 2^63")
 
     def make_task(self):
-        """-> the data.Task; its fields take the values of the same name here, defaults included."""
+        """-> the data.Task; its fields take the values of the options of this task, by name."""
         task = data.TASKS[self.task]
-        names = [field.name for field in dataclasses.fields(task) if hasattr(self, field.name)]
+        options = {field.name for field in dataclasses.fields(self)
+                   if self.task in field.metadata["tasks"]} | {"positions"}
+        names = [field.name for field in dataclasses.fields(task) if field.name in options]
         return dataclasses.replace(task, **{name: getattr(self, name) for name in names})
 
 
@@ -372,8 +372,8 @@ class LoopedTransformer(nn.Module):
             self.tok_emb.weight *= cfg.embed_rms / self.tok_emb.weight.square().mean().sqrt()
 
     def embed(self, x):
-        """x [B, L] int -> e [B, L, D]."""
-        e = self.tok_emb(x)
+        """x [B, L] of any integer type -> e [B, L, D]."""
+        e = self.tok_emb(x.long())
         if self.pos_emb is not None:
             e = e + self.pos_emb
         return e
@@ -686,7 +686,8 @@ def train(cfg, model, sets, out, checkpoint=None):
     sets: {"train", "val", ...: (x, y)} on the model's device. checkpoint: one to go on from;
     on a CPU, with the same options, the result is bit for bit that of a run which was never
     stopped. Nothing is saved on Ctrl-C: the steps since the last validation are repeated. Raises
-    UserError if the loss is no longer finite; the last good checkpoint stays.
+    UserError if the loss is no longer finite; the last good checkpoint stays. out: a Path, a folder
+    that exists.
     """
     task = model.task
     x_all, y_all = sets["train"]
@@ -702,21 +703,12 @@ def train(cfg, model, sets, out, checkpoint=None):
     if checkpoint is not None:
         run = {name: checkpoint[name] for name in run}
         restore(checkpoint, model, optimizers, rng)
-    if cfg.train == "carry":
+    if cfg.train != "progressive":      # which alone needs no states of the step before
         if run["carry"] is None:
             batch = get_batch(task, x_all, y_all, cfg.batch, rng)
             run["carry"] = start_carry(model, batch)
         run["carry"] = {name: tensor.to(device) for name, tensor in run["carry"].items()}
 
-    def save():
-        """Save all that is needed to resume."""
-        save_checkpoint(out, run | {
-            "config": dataclasses.asdict(cfg), "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers], "rng": rng.get_state(),
-        })
-
-    if not (out / "ckpt.pt").exists():
-        save()                      # from here on the run can be resumed
     first_step = run["step"]
     start = time.time()
     interval_start = start
@@ -752,14 +744,20 @@ def train(cfg, model, sets, out, checkpoint=None):
         # no puzzle is frozen: a compiled step would be compiled again for each smaller batch
         val = evaluate(model, *sets["val"], [cfg.loops], freeze_below=0.0)[0][cfg.loops]
         if not math.isfinite(loss) or not math.isfinite(val["residual"]):
+            again = ""
+            if (out / "ckpt.pt").exists():
+                again = f", also from the last good checkpoint with --resume {out}"
             raise UserError(f"step {done}: loss or residual is not finite (loss {loss:.3g}): "
-                            f"lower --lr; the last good checkpoint stays in {out}", exit_code=1)
+                            f"lower --lr{again}", exit_code=1)
 
         # keep the best on validation, of equal ones the latest; the test sets are never used
         if val["exact"] >= run["best_val"]:
             run["best_val"] = val["exact"]
             run["best"] = clone_weights(model)
-        save()
+        save_checkpoint(out, run | {        # all that is needed to resume
+            "config": dataclasses.asdict(cfg), "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers], "rng": rng.get_state(),
+        })
         log(out, {
             "step": done, "loss": loss, "exact": val["exact"], "residual": val["residual"],
             "grad_norm": grad_norm.item(), "lr": lr, "ms": 1e3 * step_seconds,
@@ -783,7 +781,7 @@ def read_checkpoint(path, device="cpu"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise ValueError("a checksum is wrong")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         cfg = Config(**checkpoint["config"])
         # a model without memory of its own: the shapes are compared before anything is allocated
         with torch.device("meta"):
@@ -1036,7 +1034,7 @@ def watch(cfg, model):
         text = cfg.puzzle
         x, y = task.parse(text)             # y is None if no single solution is known
     else:
-        hard = data.splits(task, cfg.seed, n_train=0, n_val=0, n_test=0, n_hard=1)["hard"]
+        hard = data.splits(task, cfg.seed, 0, 0, 0, n_hard=1, path=cfg.files)["hard"]
         x, y = hard.x[0], hard.y[0]
         text = task.text(x)
     print("+ right   x wrong   ~ changed since it was last shown   = unchanged, truth unknown")
@@ -1152,13 +1150,13 @@ def check_options(given, cfg):
         if name in given and tasks and cfg.task not in tasks:
             raise UserError(f"--{name}: is an option of {', '.join(tasks)}, not of {cfg.task}")
     for name in ("rest", "grad_loops"):
-        if name in given and cfg.train != "carry":
-            raise UserError(f"--{name} is for --train carry: leave the option out")
+        if name in given and cfg.train == "progressive":
+            raise UserError(f"--{name} is not for --train progressive: leave the option out")
     if cfg.watch and cfg.resume is None:
         raise UserError("--watch needs a trained model: --resume RUN")
     if cfg.puzzle is not None and not cfg.watch:
         raise UserError("--puzzle is for --watch: add that")
-    for name in ("files", "device", "out"):
+    for name in ("device", "out"):
         if cfg.watch and name in given:
             raise UserError(f"--{name} has no meaning for --watch: leave it out")
 
@@ -1204,8 +1202,13 @@ def get_splits(cfg, device, train=True):
     """
     n_train = cfg.n_train if train else 0
     n_val = cfg.n_val if train else 0
-    splits = data.splits(cfg.make_task(), cfg.seed, n_train, n_val, cfg.n_test, cfg.n_hard,
-                         cfg.files)
+    task = cfg.make_task()
+    splits = data.splits(task, cfg.seed, n_train, n_val, cfg.n_test, cfg.n_hard, cfg.files)
+    for name, puzzles in splits.items():
+        tokens = puzzles.x.shape[1]
+        if len(task.grid) > 1 and tokens != math.prod(task.grid):
+            raise UserError(f"{task.name}: {tokens} tokens in {name}; only strings may be longer "
+                            f"than in training, a board has the {math.prod(task.grid)} of its grid")
     return {
         name: (torch.as_tensor(puzzles.x, dtype=torch.long, device=device),
                torch.as_tensor(puzzles.y, dtype=torch.long, device=device))
@@ -1350,8 +1353,7 @@ def execute(argv):
         lower = ", ".join(f"--{name} {given[name]}" for name in costly) or "--batch or --width"
         if "resume" in given:
             lower = "--n_test, --n_hard or --hard_bits (the other sizes are those of the run)"
-        raise UserError(f"out of memory: lower {lower}; if the run had begun, its folder is taken: "
-                        "choose another --out", exit_code=1) from None
+        raise UserError(f"out of memory: lower {lower}", exit_code=1) from None
     return 0
 
 

@@ -197,6 +197,12 @@ def test_attention_is_torchs_own_with_the_window_as_a_mask(grid):
             assert close(got, attention(attn, u, *other), atol=1e-12) == (w == 1), w
 
 
+def test_a_window_that_is_longer_than_the_string_sees_all_of_it():
+    attn = looped.Attention(16, 2, (3,), 5, 10.0).double()
+    u = torch.randn(2, 3, 16).double()
+    assert close(attn(u), attention(attn, u, (3,), windows(3, 3)), atol=1e-12)
+
+
 def test_positions_count_but_only_relative_ones():
     model = model_of(bits=59)
     h = torch.randn(16).double().repeat(1, 60, 1)
@@ -852,6 +858,19 @@ def test_watch_stops_where_the_state_rests_and_takes_a_hard_puzzle_if_none_is_gi
     assert f"bits  {bits}" in printed
 
 
+def test_watch_takes_the_puzzle_from_the_files_and_of_the_length_that_are_asked_for(
+        tmp_path, monkeypatch, capsys):
+    longer = tiny(hard_bits=30, eval_loops=1)
+    looped.watch(longer, looped.LoopedTransformer(tiny()))
+    assert re.search(r"^bits  [01]{30}$", capsys.readouterr().out, re.M)
+
+    cfg = tiny(task="chess", files=many_mates(tmp_path), eval_loops=1)
+    asked = []
+    monkeypatch.setattr(data.Chess, "show", lambda self, x, *_: asked.append(x) or "")
+    looped.watch(cfg, looped.LoopedTransformer(cfg))
+    assert (asked[0] == data.splits(CHESS, 0, 0, 0, 0, 1, cfg.files)["hard"].x[0]).all()
+
+
 # --------------------------------------------------------------------------------------------------
 # training
 
@@ -1457,8 +1476,6 @@ BAD = [
     ("--bits 0", "bits"),
     ("--hard_bits 0", "hard_bits"),
     ("--window 4", "odd"),
-    ("--window 15", "13 tokens"),
-    ("--bits 5 --window 7", "6 tokens"),
     ("--heads 3", "heads"),
     ("--heads 16", "heads"),
     ("--loops 0", "loops"),
@@ -1506,8 +1523,8 @@ BAD = [
     ("--task sudoku --side 4", "--bits"),
     ("--watch", "--resume"),
     ("--puzzle 01", "--watch"),
-    ("--train progressive --rest 0.3", "--rest is for --train carry"),
-    ("--train progressive --grad_loops 2", "--grad_loops is for --train carry"),
+    ("--train progressive --rest 0.3", "--rest is not for --train progressive"),
+    ("--train progressive --grad_loops 2", "--grad_loops is not for --train progressive"),
     ("--tries 2", "tries"),
     ("--resume RUN --puzzle 01", "--watch"),
     ("--resume RUN --width 32", "--width"),
@@ -1672,8 +1689,8 @@ def test_help_shows_every_option_with_its_default_and_fits_the_terminal(capsys, 
 
 
 def test_defaults_depend_on_the_task_and_options_win():
-    windows = {task: looped.Config(task=task).window for task in looped.DEFAULTS}
-    assert windows == {"prefix_sums": 5, "sudoku": 0, "chess": 0}
+    windows = [looped.Config(task=task).window for task in ("prefix_sums", "sudoku", "chess")]
+    assert windows == [5, 0, 0]
     assert tiny(task="chess").loops == TINY["loops"]
 
     # all that shapes a run has a value
@@ -1730,6 +1747,44 @@ def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(looped, "train", train)
     with pytest.raises(RuntimeError, match="shapes differ"):
         looped.main(flags())
+
+
+def test_a_run_that_ends_before_its_first_validation_leaves_the_folder_free(capsys, monkeypatch):
+    real = looped.get_lr
+
+    def get_lr(cfg, step):
+        raise KeyboardInterrupt
+
+    argv = flags(out="folder")
+    monkeypatch.setattr(looped, "get_lr", get_lr)
+    assert "stopped" in fails(capsys, argv, code=130)
+    monkeypatch.setattr(looped, "get_lr", real)
+    assert looped.main(argv) == 0
+
+
+def test_options_of_other_tasks_and_of_the_model_are_none_of_a_new_task(monkeypatch):
+    @dataclass(frozen=True)
+    class Mine(data.PrefixSums):
+        width: int = 3
+        bits: int = 7
+        name = "mine"
+
+    monkeypatch.setitem(data.TASKS, "mine", Mine())
+    monkeypatch.setattr(looped.Config, "check", lambda self, field: None)
+    task = looped.Config(task="mine", width=64, positions="relative").make_task()
+    assert (task.width, task.bits, task.positions) == (3, 7, "relative")
+
+
+def test_a_board_of_another_size_is_refused_before_training():
+    cfg = tiny(**BOARD)
+    small = data.splits(cfg.make_task(), 0, 8, 8, 8, 8)
+    large = data.splits(replace(cfg.make_task(), side=6), 0, 0, 0, 0, 8)["hard"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "splits", lambda *_: small)
+        looped.get_splits(cfg, "cpu")                               # control
+        patch.setattr(data, "splits", lambda *_: small | {"hard": large})
+        with pytest.raises(data.UserError, match="36 tokens in hard; .* 16 of its grid"):
+            looped.get_splits(cfg, "cpu")
 
 
 def test_compile_without_a_compiler_is_refused_before_training(capsys, monkeypatch):
