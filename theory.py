@@ -868,6 +868,12 @@ def i2(seed, quick, recall_scale=0.0):
     tanh networks, symmetric or not, along a path of inputs: the limit jumps, mostly once, and four
     times as many inputs on the path do not make it jump more often.
     """
+    yield from linear_loops(seed, recall_scale)
+    yield from tanh_loops(seed, quick, recall_scale)
+
+
+def linear_loops(seed, recall_scale):
+    """I2 for s' = A s (+ e): rows."""
     inputs = 64
     draw = rng(seed)
     e = draw(inputs, 16)
@@ -898,7 +904,10 @@ def i2(seed, quick, recall_scale=0.0):
         else:
             yield check(f"{kind}, rho = 1: share of inputs that converge", arrived[1], equals=0)
 
-    # along a path of inputs: either a step changes nothing, or it jumps to another fixed point
+
+def tanh_loops(seed, quick, recall_scale):
+    """I2 for tanh networks along a path of inputs: rows."""
+    # either a step along the path changes nothing, or it jumps to another fixed point
     n = 501 if quick else 2001
     loops = 1500 if quick else 4000
     share, steps, _ = staircase(seed, recall_scale, n, loops)
