@@ -204,7 +204,7 @@ class Task:
         """The text of a puzzle and labels y [L] -> one line on whether they solve it."""
         x, solution = self.parse(text)
         wrong = solution != np.asarray(y)
-        asked = self.scored(x)
+        asked = self.scored(x) | wrong      # a clue that was changed counts, too
         if wrong.any():
             return f"{(wrong & asked).sum()} of {asked.sum()} are wrong"
         return "solved"
@@ -833,7 +833,8 @@ class Chess(Task):
     encoded: colour, castling and en passant rights (generated positions have none), the piece of a
     promotion. A chunk is 40 mates in one (half from random games, half from random placements) and
     one mate in two (from placements), which takes a fourth of the time. All have one solving pair
-    of squares. Rating: the depth of the mate.
+    of squares. Rating: the depth of the mate. (With thousands of hard positions, as --preset paper
+    asks for, it is they that decide how many chunks are made.)
 
     In files the answer is the second of the Moves, which need not mate and is not proven, and the
     rating is the file's.
@@ -1396,7 +1397,9 @@ def run(program, work):
         return 1
     except OSError as error:
         code = 2
-        message = f"{error.filename or 'writing'}: {error.strerror or error}; choose another place"
+        message = f"{error.filename or 'writing'}: {error.strerror or error}"
+        if not isinstance(error, FileNotFoundError):
+            message += "; choose another place"
     print(f"{program}: {message}", file=sys.stderr)
     return code
 

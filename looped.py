@@ -351,7 +351,8 @@ class LoopedTransformer(nn.Module):
 
         # one pair of maps, shared by all sub-layers of all blocks
         if cfg.recall not in ("none", "external", "internal"):
-            raise ValueError(f"recall {cfg.recall!r} has no branch in LoopedTransformer.step")
+            raise ValueError(f"recall {cfg.recall!r}: add its name here, and a branch to "
+                             "LoopedTransformer.step")
         if cfg.recall != "none":
             if cfg.inject == "linear":
                 self.W_h = nn.Linear(D, D)
@@ -746,7 +747,7 @@ def train(cfg, model, sets, out, checkpoint=None):
         if not math.isfinite(loss) or not math.isfinite(val["residual"]):
             again = ""
             if (out / "ckpt.pt").exists():
-                again = f", also from the last good checkpoint with --resume {out}"
+                again = f"; --resume {shlex.quote(str(out))} has the last good checkpoint"
             raise UserError(f"step {done}: loss or residual is not finite (loss {loss:.3g}): "
                             f"lower --lr{again}", exit_code=1)
 
@@ -792,7 +793,7 @@ def read_checkpoint(path, device="cpu"):
     except Exception as error:      # torch raises a dozen kinds for truncated and foreign files
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a checkpoint that this looped.py can read "
-                             f"({reason:.200})") from None
+                        f"({reason:.200})") from None
     return checkpoint, model.to(device).eval().requires_grad_(False)
 
 
@@ -914,7 +915,7 @@ def evaluate(model, x, y, counts, progress=None, freeze_below=ROUNDING, tol=1e-3
 def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
     """Adaptive halting: each puzzle loops until none of its tokens moves more than tol.
 
-    x [N, L] int64
+    x [N, L] of any integer type
     -> logits [N, L, classes], loops used [N], converged [N] (False: max_loops was not enough).
     """
     parts = []
@@ -978,7 +979,7 @@ def report(cfg, model, sets):
         x, y = sets[level]
         progress = data.progress(f"evaluating {level}")
         result[level], labels, used, converged = evaluate(model, x, y, counts, progress,
-                                                                   tol=cfg.tol)
+                                                          tol=cfg.tol)
         if cfg.tries > 1:
             generator = torch.Generator(x.device).manual_seed(cfg.seed)
             progress = data.progress(f"trying {level} again")
@@ -1025,7 +1026,7 @@ def print_table(cfg, levels, counts, result):
 
 @torch.inference_mode()
 def watch(cfg, model):
-    """Show how the model solves one puzzle: the user's, or the first hard one of the run's seed.
+    """Show how the model solves one puzzle: the user's, or the first of the run's hard test set.
 
     Prints the prediction at loops 1, 2, 4, ... until the state converges.
     """
@@ -1034,7 +1035,11 @@ def watch(cfg, model):
         text = cfg.puzzle
         x, y = task.parse(text)             # y is None if no single solution is known
     else:
-        hard = data.splits(task, cfg.seed, 0, 0, 0, n_hard=1, path=cfg.files)["hard"]
+        try:
+            hard = data.splits(task, cfg.seed, 0, 0, 0, n_hard=1, path=cfg.files)["hard"]
+        except UserError as error:      # the file of the run has moved, say
+            raise UserError(f"{error}; --files FILE watches one of another file, --puzzle one of "
+                            "yours") from None
         x, y = hard.x[0], hard.y[0]
         text = task.text(x)
     print("+ right   x wrong   ~ changed since it was last shown   = unchanged, truth unknown")
@@ -1156,7 +1161,7 @@ def check_options(given, cfg):
         raise UserError("--watch needs a trained model: --resume RUN")
     if cfg.puzzle is not None and not cfg.watch:
         raise UserError("--puzzle is for --watch: add that")
-    for name in ("device", "out"):
+    for name in ("device", "out", "dtype", "compile", "tries", "n_test", "n_hard", "lr", "clip"):
         if cfg.watch and name in given:
             raise UserError(f"--{name} has no meaning for --watch: leave it out")
 
@@ -1164,7 +1169,7 @@ def check_options(given, cfg):
 def check_resume(cfg, checkpoint, old):
     """Raises UserError if cfg asks of a run with the Config `old` what it cannot give."""
     may_change = MAY_CHANGE
-    if checkpoint["step"] == cfg.steps:
+    if checkpoint["step"] == cfg.steps or cfg.watch:
         may_change = MAY_CHANGE_AT_THE_END
     for field in dataclasses.fields(Config):
         new = getattr(cfg, field.name)
@@ -1242,8 +1247,11 @@ def claim_folder(cfg):
         try:
             open(out / "log.jsonl", "x").close()    # of two runs at the same time, one succeeds
         except FileExistsError:
-            raise UserError(f"{out} is taken: --resume {out} goes on with the run in it, "
-                                 "--out DIR starts another; if there is none, delete it") from None
+            way = "choose another --out (or delete it, if no run is using it)"
+            if (out / "ckpt.pt").exists():
+                way = (f"--resume {shlex.quote(str(out))} goes on with its run, --out DIR starts "
+                       "another")
+            raise UserError(f"{out} is taken: {way}") from None
     return out
 
 
@@ -1258,11 +1266,14 @@ def describe(cfg, model, sets, out, device):
     task = model.task
     levels = data.levels(task, cfg.files)
     x, y = sets["train"]
+    most_loops = cfg.loops
+    if cfg.train != "progressive":      # whole optimizer steps, see carry_loss
+        most_loops = cfg.grad_loops * math.ceil(cfg.loops / cfg.grad_loops)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"task      {cfg.task}\neasy      {levels['easy']}\nhard      {levels['hard']}")
     print(f"model     {cfg.recall} recall, {cfg.norm} norm, {parameters:,} parameters")
     print(f"training  {cfg.steps} steps of {cfg.batch} from {len(x)} easy puzzles, "
-          f"up to {cfg.loops} loops each")
+          f"up to {most_loops} loops each")
     print(f"device    {device}, torch {torch.__version__}, seed {cfg.seed}")
     print(f"run       {out}\n")
     print(task.show(x[0].cpu().numpy(), y[0].cpu().numpy()) + "\n", flush=True)
@@ -1352,7 +1363,7 @@ def execute(argv):
         costly = [name for name in ("batch", "width", "n_train", "hard_bits") if name in given]
         lower = ", ".join(f"--{name} {given[name]}" for name in costly) or "--batch or --width"
         if "resume" in given:
-            lower = "--n_test, --n_hard or --hard_bits (the other sizes are those of the run)"
+            lower = "--n_test or --n_hard (of strings also --hard_bits); the rest is the run's"
         raise UserError(f"out of memory: lower {lower}", exit_code=1) from None
     return 0
 

@@ -1506,6 +1506,9 @@ BAD = [
     ("--resume=", "resume"),
     ("--out=", "out"),
     ("--resume RUN --watch --puzzle=", "puzzle"),
+    ("--resume RUN --watch --device cpu", "--device"),
+    ("--resume RUN --watch --out x", "--out"),
+    ("--resume RUN --watch --files nofile", "nofile"),
     ("--preset=", "preset"),
     ("--task=", "task"),
 
@@ -1740,6 +1743,15 @@ def test_out_of_memory_names_the_option_that_was_large(error, capsys, monkeypatc
         assert not list(Path("out").rglob("log.jsonl"))
 
 
+def test_out_of_memory_of_a_resumed_run_names_what_it_may_lower(home, capsys, monkeypatch):
+    def out_of_memory(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(looped, "get_splits", out_of_memory)
+    line = fails(capsys, ["--resume", "RUN", "--steps", "9"], code=1)
+    assert "memory" in line and "--n_test" in line and "--batch" not in line
+
+
 def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(monkeypatch):
     def train(*args):
         raise RuntimeError("shapes differ")
@@ -1759,6 +1771,22 @@ def test_a_run_that_ends_before_its_first_validation_leaves_the_folder_free(caps
     monkeypatch.setattr(looped, "get_lr", get_lr)
     assert "stopped" in fails(capsys, argv, code=130)
     monkeypatch.setattr(looped, "get_lr", real)
+    assert looped.main(argv) == 0
+
+
+def test_a_loss_that_is_no_number_at_the_first_validation_leaves_the_folder_free(
+        capsys, monkeypatch):
+    real = looped.compute_loss
+
+    def no_number(model, batch, carry, rng):
+        loss, carry = real(model, batch, carry, rng)
+        return loss * math.nan, carry
+
+    argv = flags(out="folder")
+    monkeypatch.setattr(looped, "compute_loss", no_number)
+    line = fails(capsys, argv, code=1)
+    assert "lower --lr" in line and "--resume" not in line
+    monkeypatch.setattr(looped, "compute_loss", real)
     assert looped.main(argv) == 0
 
 

@@ -566,7 +566,7 @@ def r4(seed, quick, recall_scale=0.0):
 
 @claim("R5", "reachability")
 def r5(seed, quick, norm="outer", recall_scale=1.0, shift=0.0):
-    """Outer norm + recall: from r = 2 on strong recall is enough, whatever A; 2 is sharp.
+    """Outer norm + recall: above r = 2 recall is enough, whatever A, and 2 is sharp.
 
     Paper's abstract: recall + outer norm gives reachable, smooth fixed points. Derived here: let
     s' = N(u), u = A s + w, r = |w| / (sqrt(D) |A|_2). Df = sqrt(D) / |u| (I - u u^T / |u|^2) A and
@@ -666,19 +666,18 @@ def r6(seed, quick, norm="outer", recall_scale=1.0):
     s = times(beta / (mu - turn), e)
     yield check("D = 8, beta 5 % below: the fixed point exists, moves by",
                 moved(loop(e, beta)(s), s).max(), equals=0, within=1e-12)
-    yield check("no recall: least move of a state", moved(loop(e, 0)(start), start).min(),
-                equals=2 * math.sin(theta / 2), within=1e-12)
-    _, motion = iterate(loop(e, 0), start, 4000)
-    yield control("no recall, share reached", (motion < CONVERGED).double().mean(), equals=0)
+    yield control("no recall: least move of a state", moved(loop(e, 0)(start), start).min(),
+                  equals=2 * math.sin(theta / 2), within=1e-12)
 
 
 @claim("R7", "reachability")
 def r7(seed, quick, norm="outer"):
-    """Near a fixed point that attracts, each loop shrinks the distance to it by rho(J*).
+    """Near a fixed point that attracts, the distance to it dies like rho(J*)^k.
 
     Derived here: h_k+1 - h* = J* (h_k - h*) + O(|h_k - h*|^2). So it takes about
     log(1 / tol) / -log rho(J*) loops to come within tol: so long a puzzle loops until it stops by
-    itself. (With a complex dominant eigenvalue the distance swings round this law.)
+    itself. (With a complex dominant eigenvalue the distance swings round this law, which is why the
+    rows ask for a tenth only.)
     """
     models = 4 if quick else 12
     width = SMALL if quick else LARGE
@@ -918,6 +917,7 @@ def tanh_loops(seed, quick, recall_scale):
     yield check("tanh: steps along the path that move the limit by 1e-9 to 0.1", slides(steps),
                 equals=0)
     yield check("tanh: steps that move it at all", jumps, at_least=1)
+    # jumps stay as many (times 1), slides become four times as many: half of the way in the log
     yield check("tanh: ... on a path of four times as many, times", (finer > 1e-9).sum() / jumps,
                 at_most=2)
 
@@ -1016,13 +1016,15 @@ def i3(seed, quick, norm="outer", recall="none"):
     early, late = forgetting("pre", seed)
     yield check("pre + none: power of k in |dN(h_k)/de|, median of 8", late.median(), at_most=0)
     yield check("pre + none: ... the fastest of 8", late.min(), at_least=-1)
-    yield check("pre + none: ... that from 100 on minus that up to 50, median",
-                (late - early).median(), at_least=-0.2)
+    # a power law gives 1, an exponential 4: half of the way in the log
+    yield check("pre + none: ... that from 100 on / that up to 50, medians",
+                late.median() / early.median(), at_most=2)
     # of eight outer-norm models some converge; the others need not forget
     early, late = forgetting("outer", seed)
     yield control("outer + none: ... the fastest of 8", late.min(), at_most=-2)
-    yield control("outer + none: ... that from 100 on minus that up to 50",
-                  (late - early).min(), at_most=-1)
+    fastest = late.argmin()
+    yield control("outer + none: ... that from 100 on / that up to 50, fastest",
+                  late[fastest] / early[fastest], at_least=2)
 
     f = untrained(seed, "outer", "internal", width, gain=STRONG)
     h, d, _ = sensitivity(f, (100, 200), seed)
@@ -1286,11 +1288,12 @@ def g5(seed, quick, norm="outer"):
     the toy of R1 with outer norm, s' = N(a s + b e), moves in the plane of s and e. Its angle to
     sign(b) e shrinks in each loop if a > 0 (multiplier a / (a + |b|) at the limit) and changes sign
     if a < 0; so a fixed point is reached from almost everywhere iff a > 0 or |b| > 2 |a| (for
-    b = 0 every state is one); else it ends in a two-cycle of cos = b / 2|a|. Without norm it needs
-    |a| < 1 (R1). That rule is checked by simulation, and then counted for weights x, y ~
+    a > 0, b = 0 every state is one); else it ends in a two-cycle of cos = b / 2|a|. Without norm it
+    needs |a| < 1 (R1). That rule is checked by simulation, and then counted for weights x, y ~
     N(0, sigma^2). External recall has a = (1 + y) x, b = 1 + y, so that it is reached with
-    probability 1/2 + P(|x| < 1/2) / 2. That internal recall is never behind is seen at the
-    sigma below, not derived.
+    probability 1/2 + P(|x| < 1/2) / 2. Internal recall is reached where x y > 0, and where
+    |x| < 1/2 (there a < 0 means 2 |a| = 2 |x y| - 2 < |y| = |b|). That alone is as probable, so it
+    is never behind.
     """
     n = 1500 if quick else 4000
     draw = rng(seed)
@@ -1314,6 +1317,11 @@ def g5(seed, quick, norm="outer"):
     yield check("two-cycle, b / 2|a| = 0.75, 0.25: cos(s, e) off by", off, equals=0, within=1e-6)
 
     # the order of the two, by the rule
+    a, b = scalar_loop("internal", x, y)
+    sure = (x * y > 0) | (x.abs() < 0.5)
+    yield check("internal, x y > 0 or |x| < 1/2: weights that do not settle",
+                (sure & ~settles(a, b, "outer")).sum(), equals=0)
+
     def shares(recall, norm):
         a, b = scalar_loop(recall, x, y)
         return settles(a, b, norm).view(len(sigmas), n).double().mean(1)
@@ -1356,7 +1364,7 @@ def g6(seed, quick, norm="outer"):
     rate = (missing[30] / missing[10]).log() / 20
     note = ", ".join(f"{k}: {float(part):.1e}" for k, part in missing.items())
     yield check(f"{norm} + internal: missing of dl/dW, 30 loops", missing[30], at_most=0.01,
-                note=note)
+                note=note)      # a hundredth: what no training would notice
     yield check(f"{norm} + internal: its rate / log rho(J*)",
                 rate / radius(jacobian(f, h))[0].log(), equals=1, within=0.2)
 
