@@ -843,7 +843,7 @@ def phrases(raw):
     said.append(f"{right:,} of {converged:,} 6x6 boards, easy and hard")
     runs = find_groups(raw, ["current/chess/*"])["chess"]
     right, converged = right_of_converged(runs, ["easy"])
-    said.append(f"{right} of {converged} mates in one")
+    said.append(f"{right} of {converged:,} mates in one")
     return said
 
 
