@@ -204,9 +204,9 @@ class Task:
         """The text of a puzzle and labels y [L] -> one line on whether they solve it."""
         x, solution = self.parse(text)
         wrong = solution != np.asarray(y)
-        asked = self.scored(x) | wrong      # a clue that was changed counts, too
         if wrong.any():
-            return f"{(wrong & asked).sum()} of {asked.sum()} are wrong"
+            asked = self.scored(x) | wrong      # a clue that was changed counts, too
+            return f"{wrong.sum()} of {asked.sum()} are wrong"
         return "solved"
 
 

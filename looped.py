@@ -219,7 +219,8 @@ class Config:
         """-> the data.Task; its fields take the values of the options of this task, by name."""
         task = data.TASKS[self.task]
         options = {field.name for field in dataclasses.fields(self)
-                   if self.task in field.metadata["tasks"]} | {"positions"}
+                   if self.task in field.metadata["tasks"]}
+        options.add("positions")        # which is of the model and of the task
         names = [field.name for field in dataclasses.fields(task) if field.name in options]
         return dataclasses.replace(task, **{name: getattr(self, name) for name in names})
 
@@ -1048,7 +1049,7 @@ def watch(cfg, model):
 
     shown = None                            # the labels that were printed last
     max_loops = 2 * cfg.eval_loops          # a puzzle of yours may be harder than ours
-    batch = torch.as_tensor(x, dtype=torch.long)[None]
+    batch = torch.as_tensor(x)[None]
     for t, h, residual in run_loop(model, batch, max_loops, cfg.tol, cfg.damping):
         converged = residual.item() < cfg.tol
         is_power_of_two = t & (t - 1) == 0
@@ -1084,6 +1085,8 @@ MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "lr", "clip", "eval_loop
 MAY_CHANGE_AT_THE_END = MAY_CHANGE + ("files",)
 # and these belong to one call, not to the run
 OF_ONE_CALL = ("watch", "puzzle", "out", "resume", "preset")
+# what may change, but is not used by --watch
+NOT_FOR_WATCH = ("device", "out", "dtype", "compile", "tries", "n_test", "n_hard", "lr", "clip")
 
 
 def parse(argv):
@@ -1161,7 +1164,7 @@ def check_options(given, cfg):
         raise UserError("--watch needs a trained model: --resume RUN")
     if cfg.puzzle is not None and not cfg.watch:
         raise UserError("--puzzle is for --watch: add that")
-    for name in ("device", "out", "dtype", "compile", "tries", "n_test", "n_hard", "lr", "clip"):
+    for name in NOT_FOR_WATCH:
         if cfg.watch and name in given:
             raise UserError(f"--{name} has no meaning for --watch: leave it out")
 

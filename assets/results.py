@@ -1185,7 +1185,7 @@ def loop_by_loop(model, x, tol, damping, limit):
     """One puzzle x [L] -> after each loop until it converges: predicted labels [L], residual."""
     found = []
     with torch.inference_mode():
-        batch = torch.as_tensor(x)[None].long()
+        batch = torch.as_tensor(x)[None]
         for _, h, residual in looped.run_loop(model, batch, limit, tol, damping):
             labels = model.task.predict(model.readout(h))[0].numpy()
             found.append((labels, residual.item()))
