@@ -159,7 +159,7 @@ class Task:
         return x, y
 
     def rename(self, x, generator):
-        """x [B, L] -> x2, a random symmetric form of each; undo(labels of x2) -> labels of x.
+        """x [B, L] -> x2, a random symmetric form of each; undo(logits of x2) -> logits of x.
 
         Only for tasks whose rules have a symmetry: those that the option --tries names.
         """
@@ -653,10 +653,10 @@ class Sudoku(Task):
         cell, digit = self.symmetry(len(x), x.device, generator)
         x2 = self.image(x, cell, digit)
 
-        def undo(y2):
-            # first the digits, then the cells: cell i of the image was cell[i]
-            y = digit.argsort(-1).gather(1, y2.long()).to(y2.dtype)
-            return y.scatter(1, cell, y)            # all of y is written: cell is a permutation
+        def undo(logits):
+            # first the digits, d became digit[d]; then the cells, cell i of the image was cell[i]
+            logits = logits.gather(2, digit[:, None].expand_as(logits))
+            return logits.scatter(1, cell[..., None].expand_as(logits), logits)
 
         return x2, undo
 

@@ -34,8 +34,8 @@ A loop is one call of step(); --steps counts those of the optimizer. data.Task s
 is: its loss (cross-entropy of the tokens), predict (logits -> labels), scored (which tokens are
 asked for), augment and rename (a random symmetry).
 
-Not in the paper: carry_loss(); retry(); a start token before strings (added by data.py), and an
-embedding for each cell of a board (--positions absolute).
+Not in the paper: carry_loss(); tries in solve(); a start token before strings (added by data.py),
+and an embedding for each cell of a board (--positions absolute).
 """
 import argparse
 import dataclasses
@@ -43,10 +43,8 @@ import functools
 import io
 import json
 import math
-import os
 import platform
 import shlex
-import shutil
 import sys
 import time
 import warnings
@@ -60,6 +58,323 @@ import torch.nn.functional as F
 
 import data
 from data import UserError
+
+# -----------------------------------------------------------------------------
+# the parts of a block: norm, rotary positions, attention
+
+
+class RMSNorm(nn.Module):
+    """N(u) = g * u / rms(u) over the last axis; computed in fp32, also under bf16 autocast."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, u):
+        if u.dtype == torch.bfloat16:
+            u = u.float()
+        mean_square = u.square().mean(-1, keepdim=True)
+        return self.weight * (u * (mean_square + 1e-6).rsqrt())
+
+
+def rotary_table(grid, head_dim, base, like):
+    """cos and sin [L, 1, head_dim / 2] of n-dimensional RoPE (arXiv 2104.09864).
+
+    The token at place p of an axis turns pair j of that axis by p * base ** (-j / k), where each
+    of the axes has k = head_dim / (2 * axes) pairs, side by side. Device and dtype are those of
+    the tensor `like`.
+    """
+    k = head_dim // (2 * len(grid))
+    options = {"device": like.device, "dtype": like.dtype}
+    frequency = base ** (-torch.arange(k, **options) / k)
+    places = torch.meshgrid(*[torch.arange(n, **options) for n in grid], indexing="ij")
+    angles = [place.flatten()[:, None] * frequency for place in places]
+    angle = torch.cat(angles, dim=-1)[:, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(u, cos, sin):
+    """Turn the pairs (u[j], u[j + half]) of the last axis, u [B, L, H, head_dim]."""
+    a, b = u.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, full or windowed. q and k are normalized, then rotated (RoPE), so
+    that only relative positions count."""
+
+    def __init__(self, width, heads, grid, window, rope_base):
+        super().__init__()
+        self.heads = heads
+        self.grid = grid
+        self.window = window
+        self.rope_base = rope_base
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, u):
+        B, L, D = u.shape
+        H = self.heads
+        # boards have one size, but strings may be longer than those in training
+        grid = self.grid if len(self.grid) > 1 else (L,)
+        # in the dtype of the weights: under bf16 that of u has too few digits for angles
+        cos, sin = rotary_table(grid, D // H, self.rope_base, self.q_norm.weight)
+
+        q, k, v = self.qkv(u).view(B, L, 3, H, D // H).unbind(2)        # each (B, L, H, D/H)
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+
+        if self.window == 0:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H, L, D/H)
+            o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        else:
+            o = windowed_attention(q, k, v, min(self.window, L))
+        return self.out(o.reshape(B, L, D))
+
+
+def windowed_attention(q, k, v, window):
+    """Each token sees itself and its neighbours, `window` tokens in all; q, k, v [B, L, H, D/H].
+
+    What F.scaled_dot_product_attention gives for a mask that is a band, at a cost linear in L. At
+    both ends windows shift inwards, so that every token sees `window` tokens.
+    """
+    L, _, head_dim = q.shape[1:]
+    first = torch.arange(L, device=q.device) - window // 2
+    first = first.clamp(0, L - window)                                  # the first that it sees
+    seen = first[:, None] + torch.arange(window, device=q.device)       # (L, window)
+
+    # index_select, because the gradient of k[:, seen] is twice as slow
+    near_k = k.index_select(1, seen.flatten()).unflatten(1, seen.shape)     # (B, L, window, H, D/H)
+    near_v = v.index_select(1, seen.flatten()).unflatten(1, seen.shape)
+    score = (q[:, :, None] * near_k).sum(-1) / math.sqrt(head_dim)          # (B, L, window, H)
+    weight = score.softmax(dim=2)
+    return (weight[..., None] * near_v).sum(2)                              # (B, L, H, D/H)
+
+
+class Block(nn.Module):
+    """The two sub-layers and their norms; LoopedTransformer.step puts them together:
+
+        norm       a sub-layer reads    the state becomes
+        pre        N(h)                 h + F(u)
+        peri       N(h)                 h + N(F(u))
+        outer      h                    N(h + F(u))
+        gru        N(h)                 GRU(N(F(u)), h), a gate in place of the sum
+    """
+
+    def __init__(self, cfg, task):
+        super().__init__()
+        D = cfg.width
+        self.attn = Attention(D, cfg.heads, task.grid, cfg.window, task.rope_base)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        # each norm, with its gain, is shared by both sub-layers
+        if cfg.norm != "outer":
+            self.norm_in = RMSNorm(D)
+        if cfg.norm in ("peri", "outer", "gru"):
+            self.norm_out = RMSNorm(D)
+        if cfg.norm == "gru":
+            self.gru = nn.GRUCell(D, D)
+            nn.init.xavier_uniform_(self.gru.weight_ih)
+            nn.init.orthogonal_(self.gru.weight_hh)
+            for bias in (self.gru.bias_ih, self.gru.bias_hh):
+                nn.init.zeros_(bias)
+                # the update gate starts at sigmoid(1 + 1) = 0.88, so that most of h is kept
+                nn.init.ones_(bias[D:2 * D])
+
+
+# -----------------------------------------------------------------------------
+# the looped transformer
+
+
+class LoopedTransformer(nn.Module):
+    """h_0 = e, then h_{t+1} = step(h_t, r) with r = W_e e, then logits = readout(h_T)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.task = cfg.make_task()
+        D = cfg.width
+
+        self.tok_emb = nn.Embedding(self.task.vocab, D)
+        self.pos_emb = None
+        if len(self.task.grid) > 1 and cfg.positions == "absolute":
+            cells = math.prod(self.task.grid)
+            self.pos_emb = nn.Parameter(0.5 * cfg.embed_rms * torch.randn(cells, D))
+
+        # one pair of maps, shared by all sub-layers of all blocks
+        if cfg.recall not in ("none", "external", "internal"):
+            raise ValueError(f"recall {cfg.recall!r}: add its name here, and a branch to "
+                             "LoopedTransformer.step")
+        if cfg.recall != "none":
+            self.W_h = nn.Linear(D, D)
+            self.W_e = nn.Linear(D, D)
+
+        self.blocks = nn.ModuleList([Block(cfg, self.task) for _ in range(cfg.blocks)])
+        self.head = nn.Sequential(
+            RMSNorm(D), nn.Linear(D, D), nn.GELU(), nn.Linear(D, self.task.classes)
+        )
+
+        # the size of e relative to h sets the strength of recall, so it is set here
+        with torch.no_grad():
+            self.tok_emb.weight *= cfg.embed_rms / self.tok_emb.weight.square().mean().sqrt()
+
+    def embed(self, x):
+        """x [B, L] of any integer type -> e [B, L, D]."""
+        e = self.tok_emb(x.long())
+        if self.pos_emb is not None:
+            e = e + self.pos_emb
+        return e
+
+    def recall(self, e):
+        """e [B, L, D] -> r [B, L, D], what recall adds in every loop; None without recall."""
+        if self.cfg.recall == "none":
+            return None
+        return self.W_e(e)
+
+    def step(self, h, r):
+        """One turn of the loop: h [B, L, D], r from recall() -> h [B, L, D].
+
+        Both choices of the paper are made here: where does the input come in again, and where is
+        the norm? Under autocast to bf16 the state stays in fp32: h + f is fp32 because h is, and
+        where the state is no such sum, .to(h.dtype) makes it so.
+        """
+        recall = self.cfg.recall
+        norm = self.cfg.norm
+        for block in self.blocks:
+
+            # external recall: the residual stream itself is mixed with the input
+            if recall == "external":
+                h = (self.W_h(h) + r).to(h.dtype)       # h <- W_h h + W_e e
+
+            for sublayer in (block.attn, block.mlp):
+
+                # what the sub-layer reads: internal recall mixes the input in here only
+                u = h
+                if norm != "outer":
+                    u = block.norm_in(h)                # u <- N(h)
+                if recall == "internal":
+                    u = self.W_h(u) + r                 # u <- W_h u + W_e e
+                f = sublayer(u)
+
+                # how its output joins the state
+                if norm == "pre":
+                    h = h + f                           # h <- h + F(u)
+                elif norm == "peri":
+                    h = h + block.norm_out(f)           # h <- h + N(F(u))
+                elif norm == "outer":
+                    h = block.norm_out(h + f)           # h <- N(h + F(u))
+                elif norm == "gru":
+                    rows = block.norm_out(f).flatten(0, 1)              # a token is a row
+                    new = block.gru(rows, h.flatten(0, 1))
+                    h = new.view_as(h).to(h.dtype)      # h <- GRU(N(F(u)), h)
+                else:
+                    raise ValueError(f"norm {norm!r} has no branch in LoopedTransformer.step")
+        return h
+
+    def readout(self, h):
+        """h [B, L, D] -> logits [B, L, classes]."""
+        return self.head(h)
+
+    def forward(self, x, loops, h=None, restart=None):
+        """Loop on from the states h [B, L, D], or from h_0 = e where there are none.
+
+        x [B, L], loops >= 1, restart [B] bool: puzzles that restart from e and ignore h
+        -> logits [B, L, classes] and h [B, L, D], both after `loops` loops, and old [B, L, D],
+        which is h one loop before.
+        """
+        e = self.embed(x)
+        r = self.recall(e)
+        if h is None:
+            h = e
+        elif restart is not None:
+            h = torch.where(restart[:, None, None], e, h)
+        for _ in range(loops):
+            old = h
+            h = self.step(h, r)
+        return self.readout(h), h, old
+
+
+# -----------------------------------------------------------------------------
+# two losses
+
+
+def carry_loss(model, batch, carry):
+    """The default: truncated backpropagation through time, with states carried between steps.
+
+    Each optimizer step goes on with a batch of half-finished puzzles: cfg.grad_loops loops, all
+    with gradient, and then the loss. The states are detached and carried over to the next step,
+    until a puzzle has had cfg.loops loops (rounded up to whole optimizer steps); then a new one
+    takes its place.
+
+    Why old states will do: near a fixed point that attracts, where the spectral radius (the largest
+    |eigenvalue|) of dh_{t+1}/dh_t is below 1, the state forgets its path. So a state of slightly
+    older weights is as good a start as a new one, and the gradient terms that are cut off shrink
+    geometrically. (Without recall the answer has to depend on the path, and this does not hold.)
+
+    The task's loss alone does not make a state come to rest: it may go round for ever, between
+    places that all give the right answer. So cfg.rest adds the motion of the last loop to the loss.
+
+    batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops that a
+    puzzle has had, see start_carry} -> loss, new carry.
+    """
+    cfg = model.cfg
+    new_x, new_y = batch
+    # puzzles that have had all their loops are replaced, and the new ones start from h_0 = e; most
+    # of the new batch is not used, but drawing all of it keeps the shapes fixed
+    done = carry["age"] >= cfg.loops
+    x = torch.where(done[:, None], new_x, carry["x"])
+    y = torch.where(done[:, None], new_y, carry["y"])
+
+    logits, h, old = model(x, cfg.grad_loops, carry["h"], restart=done)
+    loss = model.task.loss(logits, y)
+
+    # the rest term punishes motion in the last loop: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens
+    # (smooth, where the residual of the tables is the largest of the tokens); the denominator is
+    # detached, so that a larger h does not lower it
+    motion = (h - old).square().sum(-1) / h.detach().square().sum(-1)
+    loss = loss + cfg.rest * motion.mean()
+
+    age = carry["age"].masked_fill(done, 0) + cfg.grad_loops
+    return loss, {"x": x, "y": y, "h": h.detach(), "age": age}
+
+
+def start_carry(model, batch):
+    """The first carry: new puzzles, all at h_0 = e."""
+    x, y = batch
+    # ages are staggered, so that not all puzzles are replaced in the same step; in this first
+    # batch, and in no later one, some therefore get fewer loops
+    age = torch.arange(len(x), device=x.device) * model.cfg.loops // len(x)
+    return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
+
+
+def progressive_loss(model, batch, rng):
+    """The paper's: n ~ U{0..K-1} loops without gradient, then k ~ U{1..K-n} with; K is cfg.loops.
+
+    The loss is that of the last output. (Bansal et al., arXiv 2202.05826.)
+    """
+    x, y = batch
+    K = model.cfg.loops
+    n = torch.randint(0, K, (), generator=rng, device=rng.device).item()
+    k = torch.randint(1, K - n + 1, (), generator=rng, device=rng.device).item()
+    h = None                        # for n = 0: the start h_0 = e keeps its gradient
+    if n > 0:
+        with torch.no_grad():
+            h = model(x, n)[1]
+    logits, _, _ = model(x, k, h)
+    return model.task.loss(logits, y)
+
+
+def compute_loss(model, batch, carry, rng):
+    """-> the loss that --train names, and the carry for the next step."""
+    train = model.cfg.train
+    if train == "carry":
+        return carry_loss(model, batch, carry)
+    elif train == "progressive":
+        return progressive_loss(model, batch, rng), carry
+    else:
+        raise ValueError(f"train {train!r} has no branch in compute_loss")
+
 
 # -----------------------------------------------------------------------------
 # defaults of the tasks, and the authors' protocol
@@ -132,9 +447,8 @@ class Config:
     blocks: int = option(1, "untied blocks in a loop")
     recall: str = option("internal", "where the input is re-injected",
                          ("none", "external", "internal"))
-    inject: str = option("linear", "how: W_h h + W_e e, or h + e", ("linear", "add"))
     norm: str = option("outer", "where the norm stands, see Block; gru: a gate",
-                       ("pre", "peri", "outer", "sandwich", "gru"))
+                       ("pre", "peri", "outer", "gru"))
     embed_rms: float = option(0.65, "rms of the token embedding at the start: strength of recall")
 
     # training
@@ -223,380 +537,6 @@ class Config:
         options.add("positions")        # which is of the model and of the task
         names = [field.name for field in dataclasses.fields(task) if field.name in options]
         return dataclasses.replace(task, **{name: getattr(self, name) for name in names})
-
-
-# -----------------------------------------------------------------------------
-# the parts of a block: norm, rotary positions, attention
-
-
-class RMSNorm(nn.Module):
-    """N(u) = g * u / rms(u) over the last axis; computed in fp32, also under bf16 autocast."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, u):
-        if u.dtype == torch.bfloat16:
-            u = u.float()
-        mean_square = u.square().mean(-1, keepdim=True)
-        return self.weight * (u * (mean_square + 1e-6).rsqrt())
-
-
-def rotary_table(grid, head_dim, base):
-    """cos and sin [L, 1, head_dim / 2] of n-dimensional RoPE (arXiv 2104.09864), in float64.
-
-    The token at place p of an axis turns pair j of that axis by p * base ** (-j / k), where each
-    of the axes has k = head_dim / (2 * axes) pairs, side by side.
-    """
-    k = head_dim // (2 * len(grid))
-    frequency = base ** (-torch.arange(k, dtype=torch.float64) / k)
-    places = torch.meshgrid(*[torch.arange(n) for n in grid], indexing="ij")
-    angles = [place.flatten()[:, None] * frequency for place in places]
-    angle = torch.cat(angles, dim=-1)[:, None]
-    return angle.cos(), angle.sin()
-
-
-def rotate(u, cos, sin):
-    """Turn the pairs (u[j], u[j + half]) of the last axis, u [B, L, H, head_dim]."""
-    a, b = u.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, full or windowed. q and k are normalized, then rotated (RoPE), so
-    that only relative positions count."""
-
-    def __init__(self, width, heads, grid, window, rope_base):
-        super().__init__()
-        self.heads = heads
-        self.grid = grid
-        self.window = window
-        self.rope_base = rope_base
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = RMSNorm(width // heads)
-        self.k_norm = RMSNorm(width // heads)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, u):
-        B, L, D = u.shape
-        H = self.heads
-        # boards have one size, but strings may be longer than those in training
-        grid = self.grid if len(self.grid) > 1 else (L,)
-        # in the dtype of the weights: under bf16 that of u has too few digits for angles
-        cos, sin, *band = constant_tables(grid, self.window, H, D // H, self.rope_base, u.device,
-                                          self.q_norm.weight.dtype)
-
-        q, k, v = self.qkv(u).view(B, L, 3, H, D // H).unbind(2)        # each (B, L, H, D/H)
-        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
-        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
-
-        if self.window == 0:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H, L, D/H)
-            o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        else:
-            queries, keys, mask = band
-            o = windowed_attention(q, k, v, queries, keys, mask)
-        return self.out(o.reshape(B, L, D))
-
-
-class Block(nn.Module):
-    """The two sub-layers and their norms; LoopedTransformer.step puts them together:
-
-        norm       a sub-layer reads    the state becomes
-        pre        N(h)                 h + F(u)
-        peri       N(h)                 h + N(F(u))
-        outer      h                    N(h + F(u))
-        sandwich   N(h)                 N(h + F(u))
-        gru        N(h)                 GRU(N(F(u)), h), a gate in place of the sum
-    """
-
-    def __init__(self, cfg, task):
-        super().__init__()
-        D = cfg.width
-        self.attn = Attention(D, cfg.heads, task.grid, cfg.window, task.rope_base)
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
-        # each norm, with its gain, is shared by both sub-layers
-        if cfg.norm != "outer":
-            self.norm_in = RMSNorm(D)
-        if cfg.norm in ("peri", "outer", "sandwich", "gru"):
-            self.norm_out = RMSNorm(D)
-        if cfg.norm == "gru":
-            self.gru = nn.GRUCell(D, D)
-            nn.init.xavier_uniform_(self.gru.weight_ih)
-            nn.init.orthogonal_(self.gru.weight_hh)
-            for bias in (self.gru.bias_ih, self.gru.bias_hh):
-                nn.init.zeros_(bias)
-                # the update gate starts at sigmoid(1 + 1) = 0.88, so that most of h is kept
-                nn.init.ones_(bias[D:2 * D])
-
-
-# -----------------------------------------------------------------------------
-# the looped transformer
-
-
-class LoopedTransformer(nn.Module):
-    """h_0 = e, then h_{t+1} = step(h_t, r) with r = W_e e, then logits = readout(h_T)."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.task = cfg.make_task()
-        D = cfg.width
-
-        self.tok_emb = nn.Embedding(self.task.vocab, D)
-        self.pos_emb = None
-        if len(self.task.grid) > 1 and cfg.positions == "absolute":
-            cells = math.prod(self.task.grid)
-            self.pos_emb = nn.Parameter(0.5 * cfg.embed_rms * torch.randn(cells, D))
-
-        # one pair of maps, shared by all sub-layers of all blocks
-        if cfg.recall not in ("none", "external", "internal"):
-            raise ValueError(f"recall {cfg.recall!r}: add its name here, and a branch to "
-                             "LoopedTransformer.step")
-        if cfg.recall != "none":
-            if cfg.inject == "linear":
-                self.W_h = nn.Linear(D, D)
-                self.W_e = nn.Linear(D, D)
-            elif cfg.inject == "add":
-                self.W_h = nn.Identity()
-                self.W_e = nn.Identity()
-            else:
-                raise ValueError(f"inject {cfg.inject!r} has no branch in LoopedTransformer")
-
-        self.blocks = nn.ModuleList([Block(cfg, self.task) for _ in range(cfg.blocks)])
-        self.head = nn.Sequential(
-            RMSNorm(D), nn.Linear(D, D), nn.GELU(), nn.Linear(D, self.task.classes)
-        )
-
-        # the size of e relative to h sets the strength of recall, so it is set here
-        with torch.no_grad():
-            self.tok_emb.weight *= cfg.embed_rms / self.tok_emb.weight.square().mean().sqrt()
-
-    def embed(self, x):
-        """x [B, L] of any integer type -> e [B, L, D]."""
-        e = self.tok_emb(x.long())
-        if self.pos_emb is not None:
-            e = e + self.pos_emb
-        return e
-
-    def recall(self, e):
-        """e [B, L, D] -> r [B, L, D], what recall adds in every loop; None without recall."""
-        if self.cfg.recall == "none":
-            return None
-        return self.W_e(e)
-
-    def step(self, h, r):
-        """One turn of the loop: h [B, L, D], r from recall() -> h [B, L, D].
-
-        Both choices of the paper are made here: where does the input come in again, and where is
-        the norm? Under autocast to bf16 the state stays in fp32: h + f is fp32 because h is, and
-        where the state is no such sum, .to(h.dtype) makes it so.
-        """
-        recall = self.cfg.recall
-        norm = self.cfg.norm
-        for block in self.blocks:
-
-            # external recall: the residual stream itself is mixed with the input
-            if recall == "external":
-                h = (self.W_h(h) + r).to(h.dtype)       # h <- W_h h + W_e e
-
-            for sublayer in (block.attn, block.mlp):
-
-                # what the sub-layer reads: internal recall mixes the input in here only
-                u = h
-                if norm != "outer":
-                    u = block.norm_in(h)                # u <- N(h)
-                if recall == "internal":
-                    u = self.W_h(u) + r                 # u <- W_h u + W_e e
-                f = sublayer(u)
-
-                # how its output joins the state
-                if norm == "pre":
-                    h = h + f                           # h <- h + F(u)
-                elif norm == "peri":
-                    h = h + block.norm_out(f)           # h <- h + N(F(u))
-                elif norm in ("outer", "sandwich"):
-                    h = block.norm_out(h + f)           # h <- N(h + F(u))
-                elif norm == "gru":
-                    rows = block.norm_out(f).flatten(0, 1)              # a token is a row
-                    new = block.gru(rows, h.flatten(0, 1))
-                    h = new.view_as(h).to(h.dtype)      # h <- GRU(N(F(u)), h)
-                else:
-                    raise ValueError(f"norm {norm!r} has no branch in LoopedTransformer.step")
-        return h
-
-    def readout(self, h):
-        """h [B, L, D] -> logits [B, L, classes]."""
-        return self.head(h)
-
-    def forward(self, x, loops, h=None, restart=None):
-        """Loop on from the states h [B, L, D], or from h_0 = e where there are none.
-
-        x [B, L], loops >= 1, restart [B] bool: puzzles that restart from e and ignore h
-        -> logits [B, L, classes] and h [B, L, D], both after `loops` loops, and old [B, L, D],
-        which is h one loop before.
-        """
-        e = self.embed(x)
-        r = self.recall(e)
-        if h is None:
-            h = e
-        elif restart is not None:
-            h = torch.where(restart[:, None, None], e, h)
-        for _ in range(loops):
-            old = h
-            h = self.step(h, r)
-        return self.readout(h), h, old
-
-
-# -----------------------------------------------------------------------------
-# attention within a window: the same at a lower cost, nothing to learn about loops
-
-
-def window_table(L, window):
-    """Which keys each query is multiplied with, so that windowed attention costs O(L), not O(L^2).
-
-    Queries are cut into n chunks of C. A chunk is multiplied with the K keys that some query of it
-    sees, and a mask hides the rest. With L = 64 and window = 5: C = 32, K = 36; the second chunk
-    has the queries 32 to 63 and the keys from 30 on, of which query 40 sees 38 to 42.
-    -> queries [n, C] and keys [n, K], which are indices of tokens, and mask [n, C, K], which is 0
-    where a query sees a key and -inf elsewhere. At both ends windows shift inwards, so that every
-    token sees `window` tokens.
-    """
-    window = min(window, L)
-    C = math.ceil(L / max(1, round(L / 32)))        # about 32, so that chunks are nearly even
-    n = math.ceil(L / C)
-    K = min(C + window - 1, L)
-
-    # the last chunk may be too long: it repeats the last token, and the caller drops the rest
-    queries = torch.arange(n * C).clamp(max=L - 1).view(n, C)
-    first = (queries - window // 2).clamp(0, L - window)    # the first token a query sees
-    keys = first[:, :1] + torch.arange(K)
-
-    first = first[:, :, None]
-    seen = (keys[:, None, :] >= first) & (keys[:, None, :] < first + window)
-    mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
-    return queries, keys.clamp(max=L - 1), mask     # what lies beyond the end is masked anyway
-
-
-def windowed_attention(q, k, v, queries, keys, mask):
-    """What F.scaled_dot_product_attention gives for a mask that is a band, at a cost linear in L.
-
-    q, k, v [B, L, H, D/H]; queries, keys, mask of window_table -> [B, L, H, D/H].
-    """
-    B, L, H, head_dim = q.shape
-    n, C = queries.shape
-    q = q[:, queries]                                                   # (B, n, C, H, D/H)
-    k = k[:, keys]                                                      # (B, n, K, H, D/H)
-    v = v[:, keys]
-    # chunks and heads become one axis: torch.compile fuses five axes wrongly (torch 2.13)
-    q = q.transpose(2, 3).flatten(1, 2)                                 # (B, n * H, C, D/H)
-    k = k.transpose(2, 3).flatten(1, 2)                                 # (B, n * H, K, D/H)
-    v = v.transpose(2, 3).flatten(1, 2)
-    q = q / math.sqrt(head_dim)         # before the product: it is smaller than the scores
-    score = q @ k.transpose(-2, -1) + mask                              # (B, n * H, C, K)
-    o = score.softmax(dim=-1) @ v
-    o = o.view(B, n, H, C, head_dim).transpose(2, 3).flatten(1, 2)      # (B, n * C, H, D/H)
-    return o[:, :L]
-
-
-@functools.lru_cache(maxsize=64)
-def cached_tables(grid, window, heads, head_dim, base, device, dtype):
-    """The tables that attention needs: they depend on shapes only, so each is made once."""
-    with torch.inference_mode(False):       # made in an evaluation, used in training later
-        cos, sin = rotary_table(grid, head_dim, base)
-        tables = [cos.to(device, dtype), sin.to(device, dtype)]
-        if window > 0:
-            queries, keys, mask = window_table(math.prod(grid), window)
-            mask = mask.repeat_interleave(heads, dim=0)                 # [n * H, C, K]
-            tables += [queries.to(device), keys.to(device), mask.to(device, dtype)]
-        return tables
-
-
-def constant_tables(*shape):
-    """cached_tables as a plain function: run_training tells torch.compile that it is constant."""
-    return cached_tables(*shape)
-
-
-# -----------------------------------------------------------------------------
-# two losses
-
-
-def carry_loss(model, batch, carry):
-    """The default: truncated backpropagation through time, with states carried between steps.
-
-    Each optimizer step goes on with a batch of half-finished puzzles: cfg.grad_loops loops, all
-    with gradient, and then the loss. The states are detached and carried over to the next step,
-    until a puzzle has had cfg.loops loops (rounded up to whole optimizer steps); then a new one
-    takes its place.
-
-    Why old states will do: near a fixed point that attracts, where the spectral radius (the largest
-    |eigenvalue|) of dh_{t+1}/dh_t is below 1, the state forgets its path. So a state of slightly
-    older weights is as good a start as a new one, and the gradient terms that are cut off shrink
-    geometrically. (Without recall the answer has to depend on the path, and this does not hold.)
-
-    The task's loss alone does not make a state come to rest: it may go round for ever, between
-    places that all give the right answer. So cfg.rest adds the motion of the last loop to the loss.
-
-    batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops that a
-    puzzle has had, see start_carry} -> loss, new carry.
-    """
-    cfg = model.cfg
-    new_x, new_y = batch
-    # puzzles that have had all their loops are replaced, and the new ones start from h_0 = e; most
-    # of the new batch is not used, but drawing all of it keeps the shapes fixed
-    done = carry["age"] >= cfg.loops
-    x = torch.where(done[:, None], new_x, carry["x"])
-    y = torch.where(done[:, None], new_y, carry["y"])
-
-    logits, h, old = model(x, cfg.grad_loops, carry["h"], restart=done)
-    loss = model.task.loss(logits, y)
-
-    # the rest term punishes motion in the last loop: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens
-    # (smooth, where the residual of the tables is the largest of the tokens); the denominator is
-    # detached, so that a larger h does not lower it
-    motion = (h - old).square().sum(-1) / h.detach().square().sum(-1)
-    loss = loss + cfg.rest * motion.mean()
-
-    age = carry["age"].masked_fill(done, 0) + cfg.grad_loops
-    return loss, {"x": x, "y": y, "h": h.detach(), "age": age}
-
-
-def start_carry(model, batch):
-    """The first carry: new puzzles, all at h_0 = e."""
-    x, y = batch
-    # staggered ages spread the replacements over the steps: of this batch, and of no later one,
-    # the later puzzles get fewer loops
-    age = torch.arange(len(x), device=x.device) * model.cfg.loops // len(x)
-    return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
-
-
-def progressive_loss(model, batch, rng):
-    """The paper's: n ~ U{0..K-1} loops without gradient, then k ~ U{1..K-n} with; K is cfg.loops.
-
-    The loss is that of the last output. (Bansal et al., arXiv 2202.05826.)
-    """
-    x, y = batch
-    K = model.cfg.loops
-    n = torch.randint(0, K, (), generator=rng, device=rng.device).item()
-    k = torch.randint(1, K - n + 1, (), generator=rng, device=rng.device).item()
-    h = None                        # for n = 0: the start h_0 = e keeps its gradient
-    if n > 0:
-        with torch.no_grad():
-            h = model(x, n)[1]
-    logits, _, _ = model(x, k, h)
-    return model.task.loss(logits, y)
-
-
-def compute_loss(model, batch, carry, rng):
-    """-> the loss that --train names, and the carry for the next step."""
-    train = model.cfg.train
-    if train == "carry":
-        return carry_loss(model, batch, carry)
-    elif train == "progressive":
-        return progressive_loss(model, batch, rng), carry
-    else:
-        raise ValueError(f"train {train!r} has no branch in compute_loss")
 
 
 # -----------------------------------------------------------------------------
@@ -744,7 +684,7 @@ def train(cfg, model, sets, out, checkpoint=None):
         step_seconds = (time.time() - interval_start) / timed_steps
         run["seconds"] += time.time() - interval_start
         # no puzzle is frozen: a compiled step would be compiled again for each smaller batch
-        val = evaluate(model, *sets["val"], [cfg.loops], freeze_below=0.0)[0][cfg.loops]
+        val = evaluate(model, *sets["val"], [cfg.loops], freeze_below=0.0)[cfg.loops]
         if not math.isfinite(loss) or not math.isfinite(val["residual"]):
             again = ""
             if (out / "ckpt.pt").exists():
@@ -831,9 +771,8 @@ ROUNDING = 2e-6
 def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
     """Loop puzzles x [N, L] from h_0 = e -> yields t, h_t [N, L, D], residual [N] for t = 1, 2, ...
 
-    residual: the largest |step(h) - h| / |h| of a puzzle's tokens in loop t, h being h_{t-1}. (The
-    table of evaluate() has it at t - 1, as what one more loop would do.) Once it is below
-    freeze_below a puzzle stays as it is, and costs nothing more.
+    residual: how far loop t moved a puzzle, the largest |step(h) - h| / |h| of its tokens, where h
+    is h_{t-1}. Once it is below freeze_below a puzzle stays as it is, and costs nothing more.
     h <- (1 - damping) step(h) + damping h has the same fixed points, and flips less around them.
     h and residual are written in place: clone what you keep.
     """
@@ -851,19 +790,28 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
         yield t, h, residual
 
 
-@torch.inference_mode()
-def evaluate(model, x, y, counts, progress=None, freeze_below=ROUNDING, tol=1e-3):
+def evaluate(model, x, y, counts, **options):
     """Loop puzzles x, y [N, L] int64 and measure after each loop count t of the list `counts`.
 
-    -> means {t: {"exact":      share of puzzles with every token right (those that are not scored,
-                                such as the clues of a sudoku, have known labels too),
-                  "token":      share of scored tokens that are right, mean over puzzles,
-                  "residual":   largest |h_{t+1} - h_t| / |h_t| of a token, mean over puzzles,
-                  "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
-                  "norm_ratio": |h_t| / |h_1|, mean over puzzles}},
-    and what solve() would say, in the same pass: labels [N, L], loops used [N] and converged [N] of
-    puzzles that stop when they have converged, or else at the largest loop count.
-    A puzzle that moves less than freeze_below is looped no more: its residual2 is then 0.
+    -> {t: {"exact":      share of puzzles with every token right (those that are not scored, such
+                          as the clues of a sudoku, have known labels too),
+            "token":      share of scored tokens that are right, mean over puzzles,
+            "residual":   largest |h_{t+1} - h_t| / |h_t| of a token, mean over puzzles,
+            "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
+            "norm_ratio": |h_t| / |h_1|, mean over puzzles}}
+    options: see evaluate_and_halt.
+    """
+    means, _, _, _ = evaluate_and_halt(model, x, y, counts, **options)
+    return means
+
+
+@torch.inference_mode()
+def evaluate_and_halt(model, x, y, counts, progress=None, freeze_below=ROUNDING, tol=1e-3):
+    """-> what evaluate() returns, and what solve() would say, in one pass over the loops.
+
+    That is labels [N, L], loops used [N] and converged [N] of puzzles that stop when they have
+    converged, or else at the largest loop count. A puzzle that moves less than freeze_below is
+    looped no more: its residual2 is then 0.
     """
     if min(counts) < 1:
         raise UserError(f"loop counts start at 1, not at {min(counts)}")
@@ -892,7 +840,7 @@ def evaluate(model, x, y, counts, progress=None, freeze_below=ROUNDING, tol=1e-3
                 table[t]["token"][chunk] = (right & scored).sum(-1) / scored.sum(-1).clamp(min=1)
                 table[t]["norm_ratio"][chunk] = h.norm(dim=(1, 2)) / first_norm
                 kept[t] = h.clone()
-            # the motion of this loop is how far one more loop moves the state of count t - 1
+            # how far this loop moved the state is how far one more loop moves that of count t - 1
             if t - 1 in table:
                 table[t - 1]["residual"][chunk] = residual
             if t - 2 in table:
@@ -913,12 +861,34 @@ def evaluate(model, x, y, counts, progress=None, freeze_below=ROUNDING, tol=1e-3
 
 
 @torch.inference_mode()
-def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
+def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0, tries=1, generator=None, progress=None):
     """Adaptive halting: each puzzle loops until none of its tokens moves more than tol.
 
-    x [N, L] of any integer type
-    -> logits [N, L, classes], loops used [N], converged [N] (False: max_loops was not enough).
+    x [N, L] of any integer type. With tries > 1 a puzzle that does not converge is tried again in
+    a random symmetric form, `tries` in all: a board with its digits renamed and its rows and
+    columns in another order. The first try that converges counts, or else the first of all.
+    (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
+    generator: of the symmetric forms. progress(tried, tries) is called before each further try.
+    -> logits [N, L, classes], loops used in all tries [N], converged [N] (False: max_loops was not
+    enough).
     """
+    logits, used, converged = loop_until_converged(model, x, tol, max_loops, damping)
+    for tried in range(1, tries):
+        left = (~converged).nonzero()[:, 0]
+        if len(left) == 0:
+            break
+        if progress is not None:
+            progress(tried, tries)
+        renamed, undo = model.task.rename(x[left], generator)
+        again, loops, now = loop_until_converged(model, renamed, tol, max_loops, damping)
+        logits[left[now]] = undo(again)[now]
+        used[left] += loops
+        converged[left[now]] = True
+    return logits, used, converged
+
+
+def loop_until_converged(model, x, tol, max_loops, damping):
+    """One try of solve()."""
     parts = []
     for xb in x.split(chunk_size(x)):
         used = torch.zeros(len(xb), dtype=torch.long, device=x.device)
@@ -930,32 +900,6 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0):
                 parts.append((model.readout(h), used, converged))
                 break
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-@torch.inference_mode()
-def retry(model, x, tries, generator, progress=None, **halting):
-    """solve(), and again, in a random symmetric form, for what did not converge: `tries` in all.
-
-    For example a board with its digits renamed and its rows and columns in another order; its
-    solution is not needed. The first answer that converged counts, or else that of the first try.
-    (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
-    halting: options of solve(), for every try; progress(tried, tries) is called before each retry.
-    -> labels [N, L], loops used in all tries [N], converged [N].
-    """
-    logits, used, converged = solve(model, x, **halting)
-    labels = model.task.predict(logits)
-    for tried in range(1, tries):
-        left = (~converged).nonzero()[:, 0]
-        if len(left) == 0:
-            break
-        if progress is not None:
-            progress(tried, tries)
-        renamed, undo = model.task.rename(x[left], generator)
-        logits, loops, now = solve(model, renamed, **halting)
-        labels[left[now]] = undo(model.task.predict(logits))[now]
-        used[left] += loops
-        converged[left[now]] = True
-    return labels, used, converged
 
 
 def wilson(rate, n):
@@ -979,13 +923,14 @@ def report(cfg, model, sets):
     for level in levels:
         x, y = sets[level]
         progress = data.progress(f"evaluating {level}")
-        result[level], labels, used, converged = evaluate(model, x, y, counts, progress,
-                                                          tol=cfg.tol)
+        result[level], labels, used, converged = evaluate_and_halt(
+            model, x, y, counts, progress, tol=cfg.tol)
         if cfg.tries > 1:
             generator = torch.Generator(x.device).manual_seed(cfg.seed)
             progress = data.progress(f"trying {level} again")
-            labels, used, converged = retry(model, x, cfg.tries, generator, progress, tol=cfg.tol,
-                                            max_loops=cfg.eval_loops, damping=cfg.damping)
+            logits, used, converged = solve(model, x, cfg.tol, cfg.eval_loops, cfg.damping,
+                                            cfg.tries, generator, progress)
+            labels = model.task.predict(logits)
         right = (labels == y).all(-1)
         result["halting"][level] = {
             "n": len(x),
@@ -1036,11 +981,7 @@ def watch(cfg, model):
         text = cfg.puzzle
         x, y = task.parse(text)             # y is None if no single solution is known
     else:
-        try:
-            hard = data.splits(task, cfg.seed, 0, 0, 0, n_hard=1, path=cfg.files)["hard"]
-        except UserError as error:      # the file of the run has moved, say
-            raise UserError(f"{error}; --files FILE watches one of another file, --puzzle one of "
-                            "yours") from None
+        hard = data.splits(task, cfg.seed, 0, 0, 0, n_hard=1, path=cfg.files)["hard"]
         x, y = hard.x[0], hard.y[0]
         text = task.text(x)
     print("+ right   x wrong   ~ changed since it was last shown   = unchanged, truth unknown")
@@ -1081,12 +1022,8 @@ def mark_token(labels, shown, y, i, text):
 # what may change when a run is resumed: all else that made its weights stays
 MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "lr", "clip", "eval_loops", "eval_every",
               "tol", "damping", "tries", "device", "dtype", "compile")
-# a finished run may also be tested on other puzzles
-MAY_CHANGE_AT_THE_END = MAY_CHANGE + ("files",)
 # and these belong to one call, not to the run
 OF_ONE_CALL = ("watch", "puzzle", "out", "resume", "preset")
-# what may change, but is not used by --watch
-NOT_FOR_WATCH = ("device", "out", "dtype", "compile", "tries", "n_test", "n_hard", "lr", "clip")
 
 
 def parse(argv):
@@ -1146,7 +1083,7 @@ def configure(given):
     cfg = Config(**(base | given))
     check_options(given, cfg)
     if checkpoint is not None:
-        check_resume(cfg, checkpoint, model.cfg)
+        check_resume(given, cfg, checkpoint)
     return cfg, checkpoint, model
 
 
@@ -1164,25 +1101,22 @@ def check_options(given, cfg):
         raise UserError("--watch needs a trained model: --resume RUN")
     if cfg.puzzle is not None and not cfg.watch:
         raise UserError("--puzzle is for --watch: add that")
-    for name in NOT_FOR_WATCH:
-        if cfg.watch and name in given:
-            raise UserError(f"--{name} has no meaning for --watch: leave it out")
 
 
-def check_resume(cfg, checkpoint, old):
-    """Raises UserError if cfg asks of a run with the Config `old` what it cannot give."""
-    may_change = MAY_CHANGE
-    if checkpoint["step"] == cfg.steps or cfg.watch:
-        may_change = MAY_CHANGE_AT_THE_END
-    for field in dataclasses.fields(Config):
-        new = getattr(cfg, field.name)
-        made_with = getattr(old, field.name)
-        if field.name not in may_change + OF_ONE_CALL and new != made_with:
-            raise UserError(f"--{field.name} {new}: the run was made with {made_with}; "
-                            "leave the option out")
-    if cfg.steps < checkpoint["step"]:
-        raise UserError(f"--steps {cfg.steps}: the run has done {checkpoint['step']} already")
-    if cfg.steps > checkpoint["step"] and "optimizers" not in checkpoint:
+def check_resume(given, cfg, checkpoint):
+    """Raises UserError if an option that was given contradicts the run that is resumed."""
+    step = checkpoint["step"]
+    may_change = MAY_CHANGE + OF_ONE_CALL
+    if cfg.watch or cfg.steps == step:
+        may_change += ("files",)        # a finished run may be tested on other puzzles
+    for name, value in given.items():
+        made_with = checkpoint["config"][name]
+        if name not in may_change and value != made_with:
+            raise UserError(f"--{name} {value}: the run was made with {made_with}; leave the "
+                            "option out")
+    if cfg.steps < step:
+        raise UserError(f"--steps {cfg.steps}: the run has done {step} already")
+    if cfg.steps > step and "optimizers" not in checkpoint:
         raise UserError(f"{cfg.resume}: holds weights only, training cannot go on from them")
 
 
@@ -1196,10 +1130,6 @@ def pick_device(cfg):
     if not available[device]:
         raise UserError(f"--device {device}: there is none here (or torch is a CPU build); "
                         "use --device cpu")
-    if device == "cpu" and cfg.compile == "on":
-        compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
-        if not any(map(shutil.which, compilers)):
-            raise UserError("--compile on: there is no C++ compiler; install g++, or use off")
     return device
 
 
@@ -1269,14 +1199,11 @@ def describe(cfg, model, sets, out, device):
     task = model.task
     levels = data.levels(task, cfg.files)
     x, y = sets["train"]
-    most_loops = cfg.loops
-    if cfg.train != "progressive":      # whole optimizer steps, see carry_loss
-        most_loops = cfg.grad_loops * math.ceil(cfg.loops / cfg.grad_loops)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"task      {cfg.task}\neasy      {levels['easy']}\nhard      {levels['hard']}")
     print(f"model     {cfg.recall} recall, {cfg.norm} norm, {parameters:,} parameters")
     print(f"training  {cfg.steps} steps of {cfg.batch} from {len(x)} easy puzzles, "
-          f"up to {most_loops} loops each")
+          f"up to {cfg.loops} loops each")
     print(f"device    {device}, torch {torch.__version__}, seed {cfg.seed}")
     print(f"run       {out}\n")
     print(task.show(x[0].cpu().numpy(), y[0].cpu().numpy()) + "\n", flush=True)
@@ -1296,8 +1223,6 @@ def run_training(cfg, checkpoint):
         model = LoopedTransformer(cfg).to(device)
         if cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda"):
             torch._dynamo.config.cache_size_limit = 64      # one graph per shape and gradient mode
-            # compiled code takes the tables as they are, and does not look into their cache
-            torch.compiler.assume_constant_result(constant_tables)
             # it recommends TF32, whose three digits would hide whether a state is at rest
             warnings.filterwarnings("ignore", message="TensorFloat32")
             model.step = torch.compile(model.step, dynamic=False)
@@ -1359,15 +1284,10 @@ def execute(argv):
         else:
             run_training(cfg, checkpoint)
     except (MemoryError, RuntimeError) as error:
-        # a CPU that is out of memory raises a plain RuntimeError; others keep their traceback
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "allocate" not in str(error):
+        # torch is out of memory with a RuntimeError, too; others keep their traceback
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
-        costly = [name for name in ("batch", "width", "n_train", "hard_bits") if name in given]
-        lower = ", ".join(f"--{name} {given[name]}" for name in costly) or "--batch or --width"
-        if "resume" in given:
-            lower = "--n_test or --n_hard (of strings also --hard_bits); the rest is the run's"
-        raise UserError(f"out of memory: lower {lower}", exit_code=1) from None
+        raise UserError("out of memory: lower --batch, --width or --n_hard", exit_code=1) from None
     return 0
 
 

@@ -1457,10 +1457,6 @@ def axes(seed, quick, swap=None, blocks=None):
             yield check(name, strong[gain], at_least=least[gain], note=note)
         yield check(f"outer + {recall}: share at gain 16 - at gain 1", strong[16.0] - weak,
                     at_least=0, note=f"at gain 1: {weak_note}")
-    if not quick:
-        yield row("sandwich", "none", count=few, equals=0)
-        for recall in ("internal", "external"):
-            yield row("sandwich", recall, 16.0, count=few, at_least=0.8)
 
 
 # --------------------------------------------------------------------------------------------------

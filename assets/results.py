@@ -1051,7 +1051,7 @@ def halting_figure(out):
     save_figure(figure, out / "halting.png")
 
 
-NORMS = {"pre": BLUE, "peri": YELLOW, "outer": GREEN, "sandwich": PINK}
+NORMS = {"pre": BLUE, "peri": YELLOW, "outer": GREEN}
 
 
 def regions_figure(out):
@@ -1089,9 +1089,8 @@ def drift_figure(out):
             loop = theory.untrained(0, norm, recall, theory.LARGE, 1, theory.STRONG)
             h = theory.states(loop, range(1, 402))[:, 0]
             residual = (h[1:] - h[:-1]).norm(dim=-1) / h[:-1].norm(dim=-1)
-            style = {"color": colour, "linestyle": ":" if norm == "sandwich" else "-"}
-            top.loglog(range(1, 402), h.square().mean(1).sqrt(), label=norm, **style)
-            low.loglog(range(1, 401), residual.clamp(min=1e-16), **style)
+            top.loglog(range(1, 402), h.square().mean(1).sqrt(), label=norm, color=colour)
+            low.loglog(range(1, 401), residual.clamp(min=1e-16), color=colour)
         top.set_title(f"recall: {recall}", fontsize=10)
         low.set_xlabel("loops")
     axes[0, 0].set_ylabel("rms of the state")
@@ -1105,7 +1104,7 @@ def staircase_figure(out):
     figure, axes = new_figure(7, 3, 1, 2, sharey=True)
     for axis, recall, title in zip(axes[0], (0.0, 4.0), ("no recall", "recall"), strict=True):
         place, limit = theory.tanh_path(0, recall, 801, 4000)
-        for i, colour in enumerate(NORMS.values()):
+        for i, colour in enumerate((BLUE, YELLOW, GREEN, PINK)):
             axis.plot(place, limit[:, i], ".", markersize=2, color=colour)
         axis.set(title=title, xlabel="place on a path of inputs")
     axes[0, 0].set_ylabel("limit, 4 coordinates")
