@@ -983,67 +983,6 @@ def split_of(level, key, role="both"):
     return split
 
 
-class Sorter:
-    """Sorts a stream of puzzles into splits, at most need[split] each.
-
-    If several share a key, only the first counts. A split keeps the order of the stream, so that
-    asking for more only appends.
-    """
-
-    def __init__(self, task, need):
-        self.task = task
-        self.need = need
-        self.seen = set()
-        self.parts = {split: [] for split in need}
-        self.count = dict.fromkeys(need, 0)     # all that have come, also those not needed
-
-    def add(self, puzzles, levels, role="both"):
-        """levels: "easy", "hard" or None for each of the puzzles."""
-        chosen = {split: [] for split in self.need}
-        keys = self.task.keys(puzzles.x, puzzles.y)
-        for i, (level, key) in enumerate(zip(levels, keys, strict=True)):
-            content = key.tobytes()
-            if content in self.seen:
-                continue
-            self.seen.add(content)
-            split = split_of(level, key, role)
-            if split is None:
-                continue
-            self.count[split] += 1
-            if self.count[split] <= self.need[split]:
-                chosen[split].append(i)
-        for split, rows in chosen.items():
-            if rows:
-                self.parts[split].append(puzzles[np.array(rows)])
-
-    def short(self):
-        """The splits that need more puzzles."""
-        return [split for split in self.need if self.count[split] < self.need[split]]
-
-    def show_progress(self, report):
-        kept = sum(min(self.count[split], n) for split, n in self.need.items())
-        report(kept, sum(self.need.values()))
-
-    def refuse(self, source):
-        """There will be no more: say what was asked for and what there is."""
-        split = self.short()[0]
-        option = "n_test" if split == "easy" else f"n_{split}"
-        there = ", ".join(f"{n:,} {name}" for name, n in self.count.items())
-        raise UserError(f"{self.need[split]:,} {split} puzzles asked for, but {source} has only "
-                        f"{there}: ask for fewer ({option})")
-
-    def splits(self):
-        nothing = np.zeros((0, np.prod(self.task.grid)), np.uint8)
-        empty = Puzzles(nothing, nothing, np.zeros(0, int))
-        return {split: join(parts or [empty]) for split, parts in self.parts.items()}
-
-
-def join(parts):
-    """[Puzzles] -> Puzzles."""
-    arrays = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Puzzles)}
-    return Puzzles(**arrays)
-
-
 def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cache"):
     """-> {"train", "val", "easy", "hard": Puzzles} of n_train, n_val, n_test, n_hard puzzles.
 
@@ -1055,9 +994,73 @@ def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cac
     for option, n in numbers.items():
         if n < 0:
             raise UserError(f"--{option} {n}: must be at least 0")
-    if path is not None:
-        return from_files(task, path, need)
-    return make(task, seed, need, Path(cache))
+    if path is None:
+        source = task.name
+        stream = generated(task, seed, Path(cache))
+        patience = PATIENCE
+        report = progress(f"making {source}")
+    else:
+        source = path
+        stream = from_files(task, path)
+        patience = np.inf
+        report = progress(f"reading {source}")
+
+    seen = set()
+    rows = {split: [] for split in need}    # (x, y, rating) of each puzzle, in the order they came
+    count = dict.fromkeys(need, 0)          # all that came, also those not needed
+    idle = 0
+    with closing(stream):
+        while short := [split for split in need if count[split] < need[split]]:
+            puzzles, puzzle_levels, role = next(stream, (None, None, None))
+            if puzzles is None or idle == patience:
+                raise too_few(short[0], need, count, source)
+
+            before = [count[split] for split in short]
+            keys = task.keys(puzzles.x, puzzles.y)
+            for puzzle, level, key in zip(puzzles, puzzle_levels, keys, strict=True):
+                # of puzzles that share a key only the first counts
+                if key.tobytes() in seen:
+                    continue
+                seen.add(key.tobytes())
+                split = split_of(level, key, role)
+                if split is None:
+                    continue
+                count[split] += 1
+                if count[split] <= need[split]:
+                    rows[split].append((puzzle.x, puzzle.y, puzzle.rating))
+
+            # a task may run out: there are only 16 strings of 4 bits
+            idle = idle + 1 if [count[split] for split in short] == before else 0
+            report(sum(map(len, rows.values())), sum(need.values()))
+    return {split: stack(task, found) for split, found in rows.items()}
+
+
+PATIENCE = 100      # parts without a new puzzle for a short split, before we give up
+
+
+def generated(task, seed, cache):
+    """Yield puzzles, the level of each, "both" (see split_of) from the chunks of a seed."""
+    with closing(chunks(task, seed, cache)) as stream:
+        for chunk in stream:
+            for level, puzzles in chunk.items():
+                yield puzzles, [level] * len(puzzles), "both"
+
+
+def too_few(split, need, count, source):
+    """-> the UserError that says what was asked for and what there is."""
+    option = "n_test" if split == "easy" else f"n_{split}"
+    there = ", ".join(f"{n:,} {name}" for name, n in count.items())
+    return UserError(f"{need[split]:,} {split} puzzles asked for, but {source} has only {there}: "
+                     f"ask for fewer ({option})")
+
+
+def stack(task, rows):
+    """[(x, y, rating)] -> Puzzles."""
+    if not rows:
+        nothing = np.zeros((0, np.prod(task.grid)), np.uint8)
+        return Puzzles(nothing, nothing, np.zeros(0, int))
+    x, y, rating = zip(*rows, strict=True)
+    return Puzzles(np.stack(x), np.stack(y), np.array(rating))
 
 
 def levels(task, path=None):
@@ -1068,30 +1071,6 @@ def levels(task, path=None):
     cut, top = file_limits(task, name)
     end = "and more" if top == np.inf else f"to {top}"
     return {"easy": f"rated below {cut} in {name}", "hard": f"rated {cut} {end}"}
-
-
-PATIENCE = 50       # chunks without a new puzzle for a short split, before we give up
-
-
-def make(task, seed, need, cache):
-    """-> {split: Puzzles} from as many chunks of the seed as it takes."""
-    sorter = Sorter(task, need)
-    report = progress(f"making {task.name}")
-    waited = 0
-    with closing(chunks(task, seed, cache)) as stream:
-        while short := sorter.short():
-            before = [sorter.count[split] for split in short]
-            chunk = next(stream)
-            for level, puzzles in chunk.items():
-                sorter.add(puzzles, [level] * len(puzzles))
-            sorter.show_progress(report)
-
-            # a task may run out: there are only 16 strings of 4 bits
-            brought_some = [sorter.count[split] for split in short] != before
-            waited = 0 if brought_some else waited + 1
-            if waited == PATIENCE:
-                sorter.refuse(task.name)
-    return sorter.splits()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1314,8 +1293,12 @@ def file_limits(task, path):
     return cut, np.inf
 
 
-def from_files(task, path, need):
-    """FILE or TRAIN,TEST -> {split: Puzzles}; of two files the second serves for both tests."""
+def from_files(task, path):
+    """Yield puzzles, the level of each, their role (see split_of) from FILE or TRAIN,TEST.
+
+    The first of two files is read to its end, even where only tests are short: no test puzzle may
+    occur anywhere in it.
+    """
     paths = path.split(",")
     if not task.columns:
         raise UserError(f"--files {path!r}: {task.name} reads no files")
@@ -1324,22 +1307,11 @@ def from_files(task, path, need):
 
     cut, top = file_limits(task, paths[0])
     roles = ["both"] if len(paths) == 1 else ["train", "test"]
-    sorter = Sorter(task, need)
-    report = progress(f"reading {path}")
     for name, role in zip(paths, roles, strict=True):
         for puzzles in read_puzzles(task, name):
-            levels = np.where(puzzles.rating < cut, "easy", "hard").astype(object)
-            levels[puzzles.rating > top] = None
-            sorter.add(puzzles, levels, role)
-            sorter.show_progress(report)
-
-            # tests are short until the second of two files: the first is read to its end, since no
-            # test puzzle may occur anywhere in it
-            if not sorter.short():
-                return sorter.splits()
-    if sorter.short():
-        sorter.refuse(path)
-    return sorter.splits()
+            puzzle_levels = np.where(puzzles.rating < cut, "easy", "hard").astype(object)
+            puzzle_levels[puzzles.rating > top] = None
+            yield puzzles, puzzle_levels, role
 
 
 # --------------------------------------------------------------------------------------------------
