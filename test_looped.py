@@ -2823,7 +2823,7 @@ def is_control(row):
 
 
 @pytest.mark.parametrize("seed", [101, 2026])
-@pytest.mark.parametrize("name", ["R1", "R4", "R5", "R6", "I2", "I5", "G1", "G5", "G6"])
+@pytest.mark.parametrize("name", ["R1", "R4", "R5", "I2", "I5", "G1", "G5", "G6"])
 def test_claim_holds(name, seed):
     rows = list(theory.CLAIMS[name](seed, quick=True))
     assert not failed(rows)
@@ -2873,8 +2873,8 @@ def test_claim_about_the_block_holds(name, smaller, meanwhile):
 WRONG = [
     ("R1", {"judge": "external"}), ("R2", {"norms": ("outer",)}), ("R3", {"norms": ("outer",)}),
     ("R4", {"recall_scale": 5.0}), ("R5", {"norm": "pre"}), ("R5", {"recall_scale": 0.0}),
-    ("R5", {"shift": 1.0}), ("R5", {"shift": -1.0}), ("R6", {"norm": "pre"}),
-    ("R6", {"recall_scale": 0.0}), ("R7", {"norm": "pre"}), ("I1", {"zeroed": True}),
+    ("R5", {"shift": 1.0}), ("R5", {"shift": -1.0}), ("R7", {"norm": "pre"}),
+    ("I1", {"zeroed": True}),
     ("I2", {"recall_scale": 4.0}), ("I3", {"norm": "pre"}), ("I3", {"recall": "internal"}),
     ("I5", {"recalls": ("none",)}), ("G1", {"norm": "pre"}), ("G1", {"eps": 1e-2}),
     ("G2", {"norm": "pre"}), ("G3", {"norm": "pre"}), ("G5", {"norm": "pre"}),
@@ -2902,27 +2902,10 @@ def test_g2_judges_a_slow_loop_once_it_has_converged():
     assert converged[0] and power[0] < 0.01
 
 
-def test_tangent_follows_the_derivative_of_the_whole_path():
-    f = theory.untrained(1, "outer", "none", 8, inputs=1)
-    path, size, direction = theory.tangent(f, 30, seed=4)
-    v = torch.nn.functional.normalize(theory.rng(4)(*f.start.shape))
-
-    def after(h):
-        for _ in range(30):
-            h = f(h)
-        return h
-    with theory.sdpa_kernel(theory.SDPBackend.MATH):
-        h, d = torch.func.jvp(after, (f.start,), (v,))
-    assert close(path[-1], h[0], atol=1e-12)
-    assert close(size[-1].exp() * direction[-1], d[0], atol=1e-7)
-    assert not close(direction[-1], direction[0], atol=1e-2)        # control
-
-
 @pytest.mark.parametrize("name, what, row_of", [
     ("R4", "limits", "limit - sign"), ("R4", "steps", "decides"),
     ("R5", "limits", "moves the limit"), ("R5", "steps", "share reached"),
-    ("R6", "steps", "above the threshold: share"), ("I2", "limits", "1e-9 to 0.1"),
-    ("G5", "steps", "")])
+    ("I2", "limits", "1e-9 to 0.1"), ("G5", "steps", "")])
 def test_every_other_state_that_goes_astray_fails_the_claim(name, what, row_of, monkeypatch):
     real = theory.iterate
     noise = theory.rng(1)
@@ -2952,17 +2935,6 @@ def test_the_controls_of_r5_fail_where_everything_comes_to_rest(monkeypatch):
     assert [row.passed for row in controls] == [False] * 2
 
 
-def test_i3_does_not_pass_where_no_rate_could_be_measured(monkeypatch):
-    real = theory.tangent
-
-    def far_away(f, loops, seed):
-        path, size, direction = real(f, 5, seed)
-        return path + 1, size, direction
-    monkeypatch.setattr(theory, "tangent", far_away)
-    row = next(row for row in theory.CLAIMS["I3"](0, True) if "rate" in row.what)
-    assert row.measured == "nan" and not row.passed
-
-
 TWICE = torch.tensor([1.0, 2.0])[:, None, None]       # at the second of two loop counts
 
 
@@ -2971,7 +2943,7 @@ TWICE = torch.tensor([1.0, 2.0])[:, None, None]       # at the second of two loo
      (False, False, True)),                                             # one of two still moves
     ("iterate", lambda found, *_: (found[0][[0, 0]], found[1]), (True, False, True)),
     ("radius", lambda found, *_: found + 1, (True, True, False)),
-    ("sensitivity", lambda found, *_: (found[0], found[1] * TWICE, found[2]), (True, True, False)),
+    ("sensitivity", lambda found, *_: (found[0], found[1] * TWICE), (True, True, False)),
     ("gradients", lambda found, f, K, loss: found._replace(weights=K * found.weights),
      (True, True, False))])
 def test_each_axis_asks_for_each_of_its_parts(name, broken, expected, monkeypatch):
@@ -3032,7 +3004,7 @@ def test_iterate_finds_a_fixed_point_and_no_cycle():
     assert abs(h[1].item() / 0.9 ** 60 - 1) < 1e-4
 
 
-def test_slope_and_forgotten_axes():
+def test_slope():
     k = torch.arange(5)
     y = torch.stack((3.0 * k.double() + 1, -k.double()), 1)
     assert torch.allclose(theory.slope(k, y), torch.tensor([3.0, -1.0]).double())
@@ -3070,7 +3042,7 @@ def test_newton_finds_all_roots_of_a_cubic():
 
 def test_sensitivity_is_the_chain_rule_through_the_loops():
     f = theory.untrained(3, "outer", "internal", 32, inputs=2)
-    h, d, seen = theory.sensitivity(f, (1, 7), 3)
+    h, d = theory.sensitivity(f, (1, 7), 3)
     v = F.normalize(theory.rng(3)(2, 5 * 32))
 
     def after_seven(e):
@@ -3079,18 +3051,6 @@ def test_sensitivity_is_the_chain_rule_through_the_loops():
     assert torch.allclose(h[1], after_seven(f.start))
     assert torch.allclose(d[1], exact, rtol=1e-6)
     assert not torch.allclose(d[0], exact, rtol=1e-2)
-
-    # under outer norm tokens have rms 1 already, so their direction moves as they do
-    assert torch.allclose(seen[1], d[1], atol=1e-4)
-
-
-def test_sensitivity_of_the_direction_ignores_the_length():
-    f = theory.untrained(3, "pre", "none", 32, inputs=2)
-    h, d, seen = theory.sensitivity(f, (20,), 3)
-    tokens = theory.per_token(h[0], f)
-    moves = theory.per_token(seen[0], f)
-    assert (tokens * moves).sum(-1).abs().max() < 1e-6      # no part along the token
-    assert seen[0].norm() < d[0].norm()
 
 
 def test_gradients_are_those_of_autograd_and_of_differences():

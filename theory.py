@@ -5,7 +5,7 @@ depend on the input e (input-dependence), are they smooth in e and safe to backp
 (geometry). After the abstract of "Stability and Generalization in Looped Transformers", arXiv
 2604.15259. One function per claim; its docstring says what is claimed, why it holds, and whether it
 is the paper's (abstract) or derived here. A control row is the same measure on a loop where it has
-to come out the other way. (There is no I4 and no G4: numbers of dropped claims are not used again.)
+to come out the other way. (There is no R6, I4, G4: numbers of dropped claims are not used again.)
 
     python theory.py                            # one table; exit code 1 if a claim fails
     python theory.py --only R5,G5 --seed 7      # --quick: small sizes, a minute or two
@@ -240,42 +240,12 @@ def per_token(h, f):
 
 
 def sensitivity(f, marks, seed):
-    """-> h_k, dh_k/de v and dN(h_k)/de v for k in marks [len(marks), B, L D]; v random, |v| = 1."""
+    """-> h_k and dh_k/de v for k in marks [len(marks), B, L D]; v random, |v| = 1."""
     v = F.normalize(rng(seed)(*f.start.shape))
     small = 1e-5                        # central differences: good to about 1e-10
     around = f.on(torch.cat((f.start, f.start + small * v, f.start - small * v)))
     h, up, down = states(around, marks).chunk(3, 1)
-
-    # what a head that begins with a norm sees is the direction of each token
-    seen_up = N(per_token(up, f)).flatten(2)
-    seen_down = N(per_token(down, f)).flatten(2)
-    return h, (up - down) / (2 * small), (seen_up - seen_down) / (2 * small)
-
-
-def tangent(f, loops, seed):
-    """Follow a small change of h_0 through the loop, for one input: v <- J(h_k) v, v random.
-
-    -> h_k [loops, n], log |v| [loops] and v / |v| [loops, n] after each loop.
-    """
-    h = f.start
-    v = F.normalize(rng(seed)(*h.shape))
-    size = torch.zeros(1, dtype=h.dtype)
-    path = []
-    sizes = []
-    directions = []
-    small = 1e-5
-    for _ in range(loops):
-        # J(h) v by central differences, and f(h): one batch is faster than three calls
-        h, up, down = f(torch.cat((h, h + small * v, h - small * v))).chunk(3)
-        v = (up - down) / (2 * small)
-
-        # a vector of length 1 in each loop, so that differences stay far above their noise
-        size = size + v.norm(dim=1).log()
-        v = F.normalize(v)
-        path.append(h)
-        sizes.append(size)
-        directions.append(v)
-    return torch.cat(path), torch.cat(sizes), torch.cat(directions)
+    return h, (up - down) / (2 * small)
 
 
 def flat(tensors):
@@ -325,13 +295,11 @@ def implicit_gradient(f, h, J, dh):
     return gradient
 
 
-def random_loss(f, seed, head=None):
-    """l = <c, head(h)> for a random c; without a head l = <c, h>."""
+def random_loss(f, seed):
+    """l = <c, h> for a random c."""
     c = rng(seed)(*f.e.shape)
 
     def loss(h):
-        if head is not None:
-            h = head(h)
         return (c * h).sum()
     return loss
 
@@ -621,48 +589,6 @@ def r5(seed, quick, norm="outer", recall_scale=1.0, shift=0.0):
                   share_reached(loop(4, 3 * one, norm="pre")), equals=0)
 
 
-@claim("R6", "reachability")
-def r6(seed, quick, norm="outer", recall_scale=1.0):
-    """Outer norm is no guarantee: s' = N(R s + beta e), R a rotation of all planes by theta.
-
-    Derived here. Without recall s' = R s turns every state by theta, which moves it by
-    2 sin(theta / 2): there is no fixed point (a sphere is not convex, so Brouwer is no help). With
-    it N divides by some mu > 0, so (mu - R) s = beta e, and |s| = |e| asks for
-    beta = |mu - e^(i theta)|. That has a root mu > 0 iff beta >= sin(theta), if theta < pi / 2; up
-    to beta = 1 it has two. Does one attract? There J has the eigenvalue cos(theta) / mu and, if
-    D > 2, e^(+-i theta) / mu. So for D = 2 the one with the larger mu attracts as soon as it exists
-    (the other repels), for D > 2 only from mu = 1 on, which is beta = 2 sin(theta / 2). That it is
-    then reached from every start is seen, not derived.
-    """
-    inputs = 16 if quick else 64
-    theta = 0.8
-    turn = complex(math.cos(theta), math.sin(theta))
-
-    def times(c, s):
-        """Each pair of coordinates of s as a complex number, times c."""
-        pairs = torch.view_as_complex(s.view(inputs, -1, 2))
-        return torch.view_as_real(c * pairs).flatten(1)
-
-    def loop(e, beta):
-        return lambda s: N_if(norm, times(turn, s) + recall_scale * beta * e)
-
-    for D, edge in ((2, math.sin(theta)), (8, 2 * math.sin(theta / 2))):
-        e, start = N(rng(seed)(2, inputs, D))
-        for side, factor, share in (("below", 0.95, 0), ("above", 1.05, 1)):
-            _, motion = iterate(loop(e, factor * edge), start, 4000)
-            yield check(f"D = {D}, beta 5 % {side} the threshold: share reached",
-                        (motion < CONVERGED).double().mean(), equals=share)
-
-    # in 8-D, 5 % below the threshold is still above sin(theta): it exists, but repels
-    beta = 0.95 * edge
-    mu = turn.real + math.sqrt(beta ** 2 - turn.imag ** 2)
-    s = times(beta / (mu - turn), e)
-    yield check("D = 8, beta 5 % below: the fixed point exists, moves by",
-                moved(loop(e, beta)(s), s).max(), equals=0, within=1e-12)
-    yield control("no recall: least move of a state", moved(loop(e, 0)(start), start).min(),
-                  equals=2 * math.sin(theta / 2), within=1e-12)
-
-
 @claim("R7", "reachability")
 def r7(seed, quick, norm="outer"):
     """Near a fixed point that attracts, the distance to it dies like rho(J*)^k.
@@ -721,57 +647,24 @@ def isolation(seed, starts, zeroed):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
     roots = newton_roots(f, N(per_token(f.start, f)).flatten(1))
-    if len(roots) == 0:                 # without recall a loop need not have one (R6)
+    if len(roots) == 0:                 # a loop need not have one
         return torch.zeros(0, dtype=torch.float64)
     gap = torch.eye(f.start.shape[1]) - jacobian(f, roots)
     return torch.linalg.svdvals(gap)[:, -1]
 
 
-def index_of_a_map(draw, cube):
-    """A random map tanh(A s) + b, and its fixed points, looked for from the starts cube [N, D].
-
-    -> sum of sign det(I - J) over them, least sigma_min(I - J), how many were found.
-    """
-    D = cube.shape[1]
-    A = 2 * draw(D, D)
-    b = draw(D) / 2
-
-    def tanh_map(s):
-        return torch.tanh(s @ A.T) + b
-    points = newton_roots(tanh_map, cube + b)
-    gap = torch.eye(D) - jacobian(tanh_map, points)
-    return torch.linalg.det(gap).sign().sum(), torch.linalg.svdvals(gap).min(), len(points)
-
-
 @claim("I1", "input-dependence")
 def i1(seed, quick, zeroed=False):
-    """Fixed points are isolated, so countable: proved for maps with a free bias, seen for blocks.
+    """Fixed points are isolated, so countable.
 
-    Paper's abstract: countable without recall. Derived here, for s' = C(s) + b with C smooth:
+    Paper's abstract: countable without recall. Derived here, for s' = C(s) + b with C smooth: if
+    det(I - J) != 0 at a fixed point, no other lies close to it (inverse function theorem). For
+    almost every b that is so at all of them (Sard), and isolated points of R^n are countable.
 
-      1. If det(I - J) != 0 at a fixed point, no other lies close to it (inverse function theorem).
-      2. For almost every b that is so at all of them (Sard); isolated points of R^n are countable.
-      3. A map of a box into itself, with no fixed point on the edge and det != 0 at all of them,
-         has sum sign det(I - J) = 1 (Brouwer's degree; in 1-D: a graph from the left to the right
-         edge of a square crosses the diagonal downwards once more than upwards). So a sum of 1
-         shows that Newton's method did not miss exactly one (a pair of opposite signs it may).
-
-    For the block only isolation is measured, sigma_min(I - J) > 0 at what Newton's method finds:
-    its biases are shared by all tokens, too few for 2, and it maps no box into itself, as 3 asks.
-    Control: a zeroed block, of which all states are fixed points.
+    The biases of the block are shared by all tokens, too few for that proof. So its isolation is
+    measured: sigma_min(I - J) > 0 at all fixed points that Newton's method finds. Control: a zeroed
+    block, of which all states are fixed points.
     """
-    draw = rng(seed)
-    maps = 15 if quick else 60
-    for D, grid in ((2, 25), (3, 11)):
-        side = torch.linspace(-1, 1, grid, dtype=torch.float64)
-        cube = torch.cartesian_prod(*[side] * D)
-        index, sigma, found = zip(*(index_of_a_map(draw, cube) for _ in range(maps)), strict=True)
-        note = f"{min(found)} to {max(found)} fixed points"
-        yield check(f"{D}-D: maps of {maps} with index sum 1", index.count(1), equals=maps,
-                    note=note)
-        yield check(f"{D}-D: least sigma_min(I - J)", min(sigma), at_least=1e-8)
-
-    # the block without recall: no map of a box, so no index
     starts = 60 if quick else 200
     blocks = 3 if quick else 8
     sigma = [isolation(100 * seed + i, starts, zeroed) for i in range(blocks)]
@@ -931,102 +824,38 @@ def tanh_loops(seed, quick, recall_scale):
                   min(distinct(s) / max(1, len(s)) for s in limits), equals=1)
 
 
-def forgetting(norm, seed):
-    """Powers of k in |dN(h_k)/de v| of 8 models without recall: [8] from 25 to 50, from 100 to 200.
-
-    A power law has the same at both, an exponential a steeper one at the second.
-    """
-    powers = []
-    for i in range(8):
-        f = untrained(8 * seed + i, norm, "none", SMALL, inputs=8)
-        _, _, seen = sensitivity(f, (25, 50, 100, 200), seed)
-        size = seen.norm(dim=-1).log2().mean(1)
-        powers.append(torch.stack((size[1] - size[0], size[3] - size[2])))
-    return torch.stack(powers, 1)
-
-
-def error_of_rate(f, h, loops, seed):
-    """How far the rate at which d_k = dh_k/dh_0 v dies, near the fixed point h, is off log rho(J*).
-
-    For one input. None if there are too few loops that show the rate.
-    """
-    J = jacobian(f, h)[0]
-    left = left_eigenvector(J)
-    path, size, direction = tangent(f, loops, seed)
-
-    # z_k is the part of d_k along the left eigenvector; what the rate neglects, and the noise of
-    # the differences, are to be small against it
-    part = (direction.to(left.dtype) @ left).abs() / left.norm()
-    z = size + part.log()
-    neglected = (path - h).norm(dim=1) + 1e-10
-    k = (neglected < 1e-5 * part).nonzero()[:, 0]
-    if len(k) < 20:
-        return None
-    return (slope(k, z[k]) - radius(J).log()).abs()
-
-
 @claim("I3", "input-dependence")
 def i3(seed, quick, norm="outer", recall="none"):
-    """The real block without recall forgets: under outer norm at the rate log rho(J*), else slowly.
+    """The real block without recall forgets: it ends in few states, whatever the input.
 
-    Seen on random weights: under outer norm it ends in few states, whatever the input, and in some
-    models with all tokens equal (which stay equal, since attention weights sum to 1). Derived: the
-    memory of h_0 = e is d_k = dh_k/dh_0 v, and d <- J(h_k) d. So its part z along the left
-    eigenvector of the dominant eigenvalue of J* changes by |lambda| + O(|h_k - h*| |d| / |z|) a
-    loop: at the rate log rho(J*) once that is small. Pre norm reaches nothing (R3): relative to the
-    state its steps shrink like 1 / k, the direction moves in log k, and |dN(h_k)/de| does not fall
-    faster than a power of k (seen), so that after hundreds of loops a model still looks
-    input-dependent. With recall the memory is kept.
+    Seen on random weights under outer norm (under pre norm nothing is reached, R3), in some models
+    with all tokens equal, which then stay equal, since attention weights sum to 1. How fast the
+    memory of h_0 = e dies says R7. With recall it is kept.
     """
     width = SMALL if quick else LARGE
     models = 8
-    loops = 800 if quick else 2000
     share = []
     limits = []
     spreads = []
-    errors = []
     for i in range(models):
         f = untrained(10 * seed + i, norm, recall, width, inputs=8 if quick else 24)
-        h, motion = iterate(f, f.start, loops)
+        h, motion = iterate(f, f.start, 800 if quick else 2000)
         arrived = motion < CONVERGED
         share.append(arrived.double().mean())
         limits.append(distinct(h[arrived]))
-        if not arrived.any():
-            continue
-        f = f.on(f.e[arrived][:1])
-        h = h[arrived][:1]
 
-        # are the tokens equal?
-        tokens = per_token(h, f)
-        spreads.append((tokens - tokens[:, :1]).abs().max())
-
-        error = error_of_rate(f, h, loops, seed)
-        if error is not None:
-            errors.append(error)
+        # how far the tokens of one limit are from equal
+        tokens = per_token(h[arrived][:1], f)
+        if len(tokens) > 0:
+            spreads.append((tokens - tokens[:, :1]).abs().max())
     note = " ".join(f"{float(s):.2f}" for s in share)
     yield check(f"{models} models: share of inputs that converge", sum(share) / models,
                 at_least=0.1, note=note)
     yield check("most distinct limits of one model's inputs", max(limits), at_most=4)
     yield check("models whose tokens all end equal", sum(s < 1e-6 for s in spreads), at_least=1)
-    yield check("|rate of dh_k/dh_0 - log rho(J*)|", max(errors, default=math.nan), equals=0,
-                within=1e-5, note=f"of {len(errors)} models")
-
-    # no limit to speak of under pre: the direction that a head sees forgets like a power of k
-    early, late = forgetting("pre", seed)
-    yield check("pre + none: power of k in |dN(h_k)/de|, median of 8", late.median(), at_most=0)
-    yield check("pre + none: ... the fastest of 8", late.min(), at_least=-1)
-    # a power law gives 1, an exponential 4: half of the way in the log
-    yield check("pre + none: ... that from 100 on / that up to 50, medians",
-                late.median() / early.median(), at_most=2)
-    # of eight outer-norm models some converge; the others need not forget
-    early, late = forgetting("outer", seed)
-    yield control("outer + none: ... the fastest of 8", late.min(), at_most=-2)
-    fastest = late.argmin()
-    yield control("outer + none: ... that from 100 on / that up to 50, fastest",
-                  late[fastest] / early[fastest], at_least=2)
 
     f = untrained(seed, "outer", "internal", width, gain=STRONG)
-    h, d, _ = sensitivity(f, (100, 200), seed)
+    h, d = sensitivity(f, (100, 200), seed)
     kept = (d[1].norm(dim=-1) / d[0].norm(dim=-1)).min()
     yield control("internal recall, distinct limits of 8", distinct(h[-1]), equals=8)
     yield control("internal recall, |dh_k/de|, k = 200 / k = 100", kept, equals=1, within=1e-2)
@@ -1152,21 +981,6 @@ def gradient_sweep(norm, seed, widths):
     return torch.stack(powers), torch.stack(growths), torch.stack(converged)
 
 
-def unbounded_gradients(head, seed, width, K):
-    """Pre norm, with the head's norm or without any head, from K to 2 K loops.
-
-    -> rate of |dl/dh_0| / log rho(W_h) in external recall, power of K in |dl/dW| in internal.
-    """
-    def measured(recall, rho):
-        f = untrained(seed, "pre", recall, width, inputs=1, rho=rho)
-        loss = random_loss(f, seed, f.model.head[0] if head else None)
-        return power_and_growth(f, K, loss)
-
-    _, growth = measured("external", 1.2)
-    power, _ = measured("internal", None)
-    return growth.log() / (K * math.log(1.2)), power
-
-
 @claim("G2", "geometry")
 def g2(seed, quick, norm="outer"):
     """Gradients through K loops stay bounded with recall + outer norm; without it only by luck.
@@ -1179,8 +993,7 @@ def g2(seed, quick, norm="outer"):
     terms of dl/dW, so that it grows like K (seen). So one sweep tells them apart: recall gains,
     widths, and rho(W_h) below and above 1; gains from 4, or from 16 where rho(W_h) = 2, since
     weaker recall may not converge (claim axes). Gradients of outer-norm loops are judged from the
-    loop on at which they have converged. A head that begins with a norm divides by |h_K| and hides
-    the growth.
+    loop on at which they have converged.
     """
     width = SMALL if quick else LARGE
     K = 60 if quick else 100
@@ -1214,17 +1027,6 @@ def g2(seed, quick, norm="outer"):
     yield control(f"pre, {cells}: share that converges", converged.double().mean(), at_most=0.4)
     yield control("pre, internal of those: power of K in |dl/dW|", worst, equals=1, within=0.25)
     yield control("pre: largest |dl/dh_0|, 2 K loops / K", growth.max(), at_least=2 ** 30)
-
-    # the head's norm divides by |h_K|, so that it should take off all of a rate of log rho, and one
-    # power of K; the rates are good to a constant over K log rho, so half of that is asked for
-    rate, power = unbounded_gradients(False, seed, width, K)
-    hidden_rate, hidden_power = unbounded_gradients(True, seed, width, K)
-    yield control("pre + external, no head: rate of |dl/dh_0| / log rho(W_h)", rate, equals=1,
-                  within=0.2)
-    yield control("pre + external: the head's norm takes off that rate", rate - hidden_rate,
-                  at_least=0.5)
-    yield control("pre + internal: ... off the power of K in |dl/dW|", power - hidden_power,
-                  at_least=0.5)
 
 
 @claim("G3", "geometry")
@@ -1280,19 +1082,20 @@ def settles(a, b, norm):
 
 @claim("G5", "geometry")
 def g5(seed, quick, norm="outer"):
-    """Without norm external recall is reached more often than internal; with outer norm it is never
-    more often.
+    """With outer norm internal recall is reached at least as often as external; without, less often.
 
-    Paper's abstract: internal recall becomes competitive once outer norm is applied. Derived here:
-    the toy of R1 with outer norm, s' = N(a s + b e), moves in the plane of s and e. Its angle to
-    sign(b) e shrinks in each loop if a > 0 (multiplier a / (a + |b|) at the limit) and changes sign
-    if a < 0; so a fixed point is reached from almost everywhere iff a > 0 or |b| > 2 |a| (for
-    a > 0, b = 0 every state is one); else it ends in a two-cycle of cos = b / 2|a|. Without norm it
-    needs |a| < 1 (R1). That rule is checked by simulation, and then counted for weights x, y ~
-    N(0, sigma^2). External recall has a = (1 + y) x, b = 1 + y, so that it is reached with
-    probability 1/2 + P(|x| < 1/2) / 2. Internal recall is reached where x y > 0, and where
-    |x| < 1/2 (there a < 0 means 2 |a| = 2 |x y| - 2 < |y| = |b|). That alone is as probable, so it
-    is never behind.
+    Paper's abstract: internal recall becomes competitive once outer norm is applied. Derived here
+    for the toy of R1 with outer norm, s' = N(a s + b e):
+
+      1. It moves in the plane of s and e. Its angle to sign(b) e shrinks in each loop if a > 0, and
+         changes sign if a < 0. So it comes to rest from almost everywhere iff a > 0 or
+         |b| > 2 |a|. (Without norm iff |a| < 1, R1.)
+      2. External recall has a = (1 + y) x, b = 1 + y. It comes to rest iff a > 0 or |x| < 1/2, with
+         the probability 1/2 + P(|x| < 1/2) / 2.
+      3. Internal recall has a = 1 + x y, b = y. It comes to rest where x y > 0, and where |x| < 1/2
+         (there a < 0 means 2 |a| = 2 |x y| - 2 < |y| = |b|). That alone is as probable.
+
+    The rule of 1 is checked by simulation, and then counted for weights x, y ~ N(0, sigma^2).
     """
     n = 1500 if quick else 4000
     draw = rng(seed)
@@ -1308,13 +1111,6 @@ def g5(seed, quick, norm="outer"):
         agree = (reached(a, b, norm, seed) == settles(a, b, "outer"))[clear].double().mean()
         yield check(f"{recall}, {clear.sum()} weights: share as predicted", agree, equals=1)
 
-    # where it is not reached: a = -1
-    b = torch.tensor([[1.5], [0.5]])
-    e, s = N(draw(2, 2, 8))
-    s, _ = iterate(lambda s: N_if(norm, b * e - s), s, 2000)
-    off = ((s * e).mean(1) - b[:, 0] / 2).abs().max()
-    yield check("two-cycle, b / 2|a| = 0.75, 0.25: cos(s, e) off by", off, equals=0, within=1e-6)
-
     # the order of the two, by the rule
     a, b = scalar_loop("internal", x, y)
     sure = (x * y > 0) | (x.abs() < 0.5)
@@ -1327,10 +1123,6 @@ def g5(seed, quick, norm="outer"):
 
     normed = {recall: shares(recall, "outer") for recall in ("internal", "external")}
     plain = {recall: shares(recall, "pre") for recall in ("internal", "external")}
-    exact = torch.tensor([0.5 + math.erf(1 / (math.sqrt(8) * sigma)) / 2 for sigma in sigmas])
-    # four standard deviations of a share
-    yield check("outer, external: share - its closed form, largest",
-                (normed["external"] - exact).abs().max(), equals=0, within=2 / math.sqrt(n))
     for i, sigma in enumerate(sigmas):
         internal = normed["internal"][i]
         external = normed["external"][i]
@@ -1387,7 +1179,7 @@ def axes_of(f, seed, loops):
     """
     h, motion = iterate(f, f.start, loops)
     one = f.on(f.e[:1])
-    _, d, _ = sensitivity(one, (100, 200), seed)
+    _, d = sensitivity(one, (100, 200), seed)
     size = d.norm(dim=-1)
     loss = random_loss(one, seed)
     early = gradients(one, 60, loss).weights
@@ -1549,7 +1341,7 @@ def input_dependence(f, h, loops, seed):
     The state goes on from h with the inputs swapped, begins anew from a random start, or is pushed
     as far as it is large (the share that comes back).
     """
-    _, d, _ = sensitivity(f, (30, 100, 500), seed)
+    _, d = sensitivity(f, (30, 100, 500), seed)
     swapped, _ = iterate(f.on(f.e.roll(1, 0)), h, loops)
     other, _ = iterate(f, rng(seed)(*h.shape), loops)
     push = h.square().mean(1, keepdim=True).sqrt() * rng(seed + 1)(*h.shape)
@@ -1587,7 +1379,8 @@ def measure(path, inputs=256, loops=300, seed=0):
     record |= input_dependence(few, h[:8], loops, seed)
     record |= limits_on_a_line(f, loops)
 
-    # geometry: gradients through more and more loops, the head without its norm (G2)
+    # geometry: gradients through more and more loops. Without the head's norm, which divides by
+    # the size of the state and would hide that they grow
     def loss(h):
         return F.cross_entropy(model.head[1:](h).flatten(0, 1), y[:8].flatten())
     record["gradient_15_30_60_120"] = [gradients(few, K, loss).weights.norm()
