@@ -1095,6 +1095,41 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     assert adamw == set(names.values()) - hidden
 
 
+@pytest.mark.parametrize("shape", [(12, 12), (40, 12), (12, 40)])
+def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(shape):
+    u = torch.randn(shape).double()
+    left, values, right = torch.linalg.svd(u, full_matrices=False)
+    new = left.T @ looped.orthogonalize(1e-3 * u) @ right.T     # the size of u does not matter
+    assert close(new, new.diag().diag())
+    # five steps by hand
+    s = values / values.square().sum().sqrt()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+    assert close(new.diag(), s)
+    assert s.max() / s.min() < values.max() / values.min()
+    assert not looped.orthogonalize(torch.zeros(shape)).any()
+
+
+def test_muon_is_torchs_but_for_the_digits_that_bf16_lacks():
+    start = torch.randn(40, 12)
+    weights = [torch.nn.Parameter(start.clone()) for _ in range(3)]
+    ours = looped.Muon([{"params": weights[:1], "lr": 0.02}], weight_decay=0.3)
+    theirs, other = [
+        torch.optim.Muon([w], lr=0.02, weight_decay=0.3, momentum=momentum,
+                         adjust_lr_fn="match_rms_adamw")
+        for w, momentum in zip(weights[1:], (0.95, 0.5), strict=True)
+    ]
+    for _ in range(6):
+        grad = torch.randn(40, 12)
+        for w in weights:
+            w.grad = grad.clone()
+        for optimizer in (ours, theirs, other):
+            optimizer.step()
+    way, theirs_way, other_way = [w.detach() - start for w in weights]
+    assert (way - theirs_way).norm() < 0.03 * way.norm()
+    assert (way - other_way).norm() > 0.1 * way.norm()          # control: another momentum
+
+
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 def test_clipping_acts_and_the_log_has_the_norm_before_it(clip, tmp_path, monkeypatch):
     cfg = tiny(clip=clip, eval_every=1)
