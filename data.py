@@ -1082,10 +1082,14 @@ def code():
 
 
 def chunks(task, seed, cache):
-    """Yield the chunks of a seed in order, for ever."""
-    if not task.slow:
-        yield from map(partial(task.chunk, seed), itertools.count())        # never ends
+    """-> an iterator over the chunks of a seed in order, without end."""
+    if task.slow:
+        return slow_chunks(task, seed, cache)
+    return (task.chunk(seed, index) for index in itertools.count())
 
+
+def slow_chunks(task, seed, cache):
+    """Yield the chunks of a seed from the cache, and then from all cores."""
     options = "".join(f"-{name}_{value}" for name, value in asdict(task).items())
     folder = cache / f"{task.name}{options}-seed_{seed}-{code()}"
     job = partial(cached_chunk, task, seed, folder)

@@ -381,18 +381,18 @@ def compute_loss(model, batch, carry, rng):
 
 # sudoku, and any task without a line of its own; there carry_loss gives a puzzle its 30 loops in
 # 30 / 3 = 10 optimizer steps
-BOARD = dict(n_train=20000, n_hard=256, window=0, loops=30, grad_loops=3, steps=8000,
-             optimizer="muon", lr=4e-3, eval_loops=512, damping=0.25)
+BOARD = dict(n_train=20000, n_hard=256, window=0, loops=30, grad_loops=3, steps=8000, lr=4e-3,
+             eval_loops=512, damping=0.25)
 DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, window=5, loops=21, grad_loops=3, steps=1200,
-                        optimizer="adamw", lr=3e-3, eval_loops=500, damping=0.0),
+    "prefix_sums": dict(n_train=8000, n_hard=64, window=5, loops=21, grad_loops=3, steps=400,
+                        lr=8e-3, eval_loops=500, damping=0.0),
     "sudoku": BOARD,
     "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
                           eval_loops=64),
 }
 SIDE_DEFAULTS = {
     4: dict(loops=16, steps=800, eval_loops=64),
-    6: dict(steps=3000, eval_loops=128),
+    6: dict(steps=4000, eval_loops=128),
 }
 
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",
@@ -460,8 +460,8 @@ class Config:
                          low=0)
     steps: int = option(None, "optimizer steps")
     batch: int = option(64, "puzzles in a step")
-    optimizer: str = option(None, "AdamW, or Muon for hidden matrices and AdamW for the rest",
-                            ("adamw", "muon"))
+    optimizer: str = option("muon", "Muon for hidden matrices and AdamW for the rest, or AdamW",
+                            ("muon", "adamw"))
     lr: float = option(None, "learning rate; warm-up and decay scale it down")
     decay: str = option("linear", "ramp, then linear to 0; or slow warm-up, and x0.1 after 60 %",
                         ("linear", "step"))

@@ -57,7 +57,7 @@ class Row(NamedTuple):
 
 
 def check(what, value, equals=None, at_least=None, at_most=None, within=0.0, note=""):
-    """One row: value against one bound; within: the tolerance of `equals`. NaN passes nothing."""
+    """One row: value against one bound, which it may miss by `within`. NaN passes nothing."""
     value = float(value)
     if equals is not None:
         bound = f"= {float(equals):.4g}"
