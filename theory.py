@@ -1082,7 +1082,7 @@ def settles(a, b, norm):
 
 @claim("G5", "geometry")
 def g5(seed, quick, norm="outer"):
-    """With outer norm internal recall is reached at least as often as external; without, less often.
+    """With outer norm internal recall is reached no less often than external; without norm it is.
 
     Paper's abstract: internal recall becomes competitive once outer norm is applied. Derived here
     for the toy of R1 with outer norm, s' = N(a s + b e):
