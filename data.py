@@ -326,8 +326,18 @@ class PrefixSums(Task):
 # --------------------------------------------------------------------------------------------------
 # sudoku: many boards at once
 #
+# For one board a solver is a few lines:
+#
+#     repeat until nothing changes:                                   deduce
+#         a cell with one candidate left: strike it from the row, column and box
+#         a digit with one cell left in a row, column or box: it goes there
+#     no candidate left somewhere: a dead end; one left everywhere: a solution
+#     else for each candidate of a cell with the fewest:              branch
+#         solve the board with that candidate alone in the cell       solve
+#
+# In Python that is slow, so here each numpy operation runs over many boards, on the last axis.
 # cand [L, M] uint16 are the candidates of M boards: bit d - 1 of a cell says that digit d is still
-# possible there. Boards lie on the last axis, so that each numpy operation runs over all of them.
+# possible there.
 
 # cells as [band, row in band, stack, column in stack]: the axes that span a row, a column, a box
 UNITS = ((2, 3), (0, 1), (1, 3))
@@ -342,8 +352,9 @@ def deduce(cand, box):
     g = cand.reshape(width, height, height, width, -1)
     bad = np.zeros_like(g[0, 0, 0, 0])
 
-    # naked singles: a cell's only candidate is impossible in the rest of its row, column and box;
-    # the sum of different bits is their union, and where a digit occurs twice it is not
+    # naked singles: a cell's only candidate is impossible in the rest of its row, column and box.
+    # The sum of different bits is their union (010 + 100 = 110), and where a digit occurs twice it
+    # is not (010 + 010 = 100)
     single = np.where(g & (g - 1), 0, g)
     fixed = np.zeros_like(g)
     for unit in UNITS:
