@@ -590,7 +590,7 @@ def r5(seed, quick, norm="outer", recall_scale=1.0, shift=0.0):
 
 
 @claim("R7", "reachability")
-def r7(seed, quick, norm="outer"):
+def r7(seed, quick, norm="outer", loops=1000):
     """Near a fixed point that attracts, the distance to it dies like rho(J*)^k.
 
     Derived here: h_k+1 - h* = J* (h_k - h*) + O(|h_k - h*|^2). So it takes about
@@ -606,7 +606,7 @@ def r7(seed, quick, norm="outer"):
         found = []
         for i in range(models):
             f = untrained(10 * seed + i, norm, "internal", width, inputs=1, gain=STRONG)
-            path = states(f, range(1, 1001))[:, 0]
+            path = states(f, range(1, loops + 1))[:, 0]
             distance = (path - path[-1]).norm(dim=1) / path[-1].norm()
             # where its square, and rounding, are small against it
             k = ((distance < 1e-4) & (distance > 1e-12)).nonzero()[:, 0]
@@ -654,7 +654,7 @@ def isolation(seed, starts, zeroed):
 
 
 @claim("I1", "input-dependence")
-def i1(seed, quick, zeroed=False):
+def i1(seed, quick, zeroed=False, starts=None):
     """Fixed points are isolated, so countable.
 
     Paper's abstract: countable without recall. Derived here, for s' = C(s) + b with C smooth: if
@@ -665,7 +665,7 @@ def i1(seed, quick, zeroed=False):
     measured: sigma_min(I - J) > 0 at all fixed points that Newton's method finds. Control: a zeroed
     block, of which all states are fixed points.
     """
-    starts = 60 if quick else 200
+    starts = starts or (60 if quick else 200)
     blocks = 3 if quick else 8
     sigma = [isolation(100 * seed + i, starts, zeroed) for i in range(blocks)]
     note = "found in each: " + " ".join(str(len(found)) for found in sigma)
@@ -1030,7 +1030,7 @@ def g2(seed, quick, norm="outer"):
 
 
 @claim("G3", "geometry")
-def g3(seed, quick, norm="outer"):
+def g3(seed, quick, norm="outer", loops=1000):
     """Stronger recall smooths: under outer norm rho(J*) falls, in the end like a power of |W_e|.
 
     Derived here: each norm divides what comes from h by the size of its input, which grows with
@@ -1042,16 +1042,16 @@ def g3(seed, quick, norm="outer"):
     width = SMALL if quick else LARGE
 
     def mean_rho(f):
-        h, motion = iterate(f, f.start, 1000)
+        h, motion = iterate(f, f.start, loops)
         return radius(jacobian(f, h))[motion < CONVERGED].mean()
 
     for recall, power in (("internal", -2), ("external", -1)):
         # the mean over models, from weak recall to far beyond what is trained
         rho = {}
         for gain in (1, 4, 16, 256, 1024):
-            loops = [untrained(10 * seed + i, norm, recall, width, inputs=2, gain=float(gain))
-                     for i in range(3)]
-            rho[gain] = torch.stack([mean_rho(f) for f in loops]).nanmean()
+            models = [untrained(10 * seed + i, norm, recall, width, inputs=2, gain=float(gain))
+                      for i in range(3)]
+            rho[gain] = torch.stack([mean_rho(f) for f in models]).nanmean()
         note = ", ".join(f"{gain}: {float(r):.2g}" for gain, r in rho.items())
         yield check(f"{norm} + {recall}: rho(J*) at gain 16 / at gain 4", rho[16] / rho[4],
                     at_most=0.8, note=note)
