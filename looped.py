@@ -1,8 +1,8 @@
 """looped.py: looped transformers with recall and outer normalization, in one file.
 
 One transformer block is applied again and again to a state. Does looping longer at test time
-solve harder problems than those trained on? The paper looks for the answer in the fixed points of
-the loop:
+solve harder problems than those trained on? "Stability and Generalization in Looped Transformers"
+(arXiv 2604.15259), the paper below, looks for the answer in the fixed points of the loop:
 
     reachability        does the state come to rest?
     input-dependence    does the point of rest still depend on the input?
@@ -14,8 +14,7 @@ and in two choices that decide what the fixed points are like:
                         (external recall), or only into what a sub-layer reads (internal)
     outer norm          the norm comes after the residual sum, so that it bounds the state
 
-After the abstract and the public code of "Stability and Generalization in Looped Transformers"
-(arXiv 2604.15259). This is an independent reading, not the authors' code. To run it:
+This is an independent reading of its abstract and its public code, not the authors' own. To run it:
 
     python looped.py --task prefix_sums --recall internal   # laptop: train on 32 bits, solve 512
     python looped.py --task chess --preset paper            # GPU: the authors' protocol
@@ -30,12 +29,14 @@ norm?) and in carry_loss (how to train a loop without unrolling all of it). Nota
     N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
     F(u)         a sub-layer, attention or MLP (in the code F is torch.nn.functional)
 
-A loop is one call of step(); --steps counts those of the optimizer. data.Task says what a puzzle
-is: its loss (cross-entropy of the tokens), predict (logits -> labels), scored (which tokens are
-asked for), augment and rename (a random symmetry).
+A loop is one call of LoopedTransformer.step; a step, as in --steps, is one update of the weights,
+for which a puzzle gets a few loops. cfg is a Config (below): every field is an option of the
+command line. The puzzles are in data.py. A Task there has a loss (cross-entropy of the tokens),
+predict (logits -> labels), scored (which tokens are asked for), augment and rename (a random
+symmetry).
 
-Not in the paper: carry_loss(); tries in solve(); a start token before strings (added by data.py),
-and an embedding for each cell of a board (--positions absolute).
+Not in the paper: carry_loss() with its rest term, Muon, damping and tries in solve(), a start token
+before strings (added by data.py), an embedding for each cell of a board (--positions absolute).
 """
 import argparse
 import dataclasses
@@ -78,11 +79,11 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(grid, head_dim, base, like):
-    """cos and sin [L, 1, head_dim / 2] of n-dimensional RoPE (arXiv 2104.09864).
+    """cos and sin [L, 1, head_dim / 2] of RoPE (arXiv 2104.09864), an angle for a pair of channels.
 
-    The token at place p of an axis turns pair j of that axis by p * base ** (-j / k), where each
-    of the axes has k = head_dim / (2 * axes) pairs, side by side. Device and dtype are those of
-    the tensor `like`.
+    Each axis of the grid has k = head_dim / (2 * axes) pairs: on a board the first half turn with
+    the row, the others with the column. Pair j of an axis turns by p * base ** (-j / k) at place p.
+    Device and dtype are those of the tensor `like`.
     """
     k = head_dim // (2 * len(grid))
     options = {"device": like.device, "dtype": like.dtype}
@@ -94,14 +95,14 @@ def rotary_table(grid, head_dim, base, like):
 
 
 def rotate(u, cos, sin):
-    """Turn the pairs (u[j], u[j + half]) of the last axis, u [B, L, H, head_dim]."""
+    """Turn each pair (u[j], u[j + head_dim / 2]) by its angle, u [B, L, H, head_dim]."""
     a, b = u.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, full or windowed. q and k are normalized, then rotated (RoPE), so
-    that only relative positions count."""
+    """Multi-head self-attention, full or windowed. q and k are normalized, then rotated (RoPE), by
+    which scores depend on relative positions only. (Absolute ones enter with the input.)"""
 
     def __init__(self, width, heads, grid, window, rope_base):
         super().__init__()
@@ -137,8 +138,8 @@ class Attention(nn.Module):
 def windowed_attention(q, k, v, window):
     """Each token sees itself and its neighbours, `window` tokens in all; q, k, v [B, L, H, D/H].
 
-    What F.scaled_dot_product_attention gives for a mask that is a band, at a cost linear in L. At
-    both ends windows shift inwards, so that every token sees `window` tokens.
+    The same as F.scaled_dot_product_attention with a band as its mask, but linear in L. At both
+    ends windows shift inwards, so that every token sees `window` tokens.
     """
     L, _, head_dim = q.shape[1:]
     first = torch.arange(L, device=q.device) - window // 2
@@ -154,7 +155,8 @@ def windowed_attention(q, k, v, window):
 
 
 class Block(nn.Module):
-    """The two sub-layers and their norms; LoopedTransformer.step puts them together:
+    """The two sub-layers and their norms. There is no forward: recall comes in between norm and
+    sub-layer, so LoopedTransformer.step puts them together:
 
         norm       a sub-layer reads    the state becomes
         pre        N(h)                 h + F(u)
@@ -200,9 +202,10 @@ class LoopedTransformer(nn.Module):
         self.pos_emb = None
         if len(self.task.grid) > 1 and cfg.positions == "absolute":
             cells = math.prod(self.task.grid)
+            # half the size of the token embedding, so that tokens dominate
             self.pos_emb = nn.Parameter(0.5 * cfg.embed_rms * torch.randn(cells, D))
 
-        # one pair of maps, shared by all sub-layers of all blocks
+        # one pair of maps for the whole model
         if cfg.recall not in ("none", "external", "internal"):
             raise ValueError(f"recall {cfg.recall!r}: add its name here, and a branch to "
                              "LoopedTransformer.step")
@@ -280,8 +283,7 @@ class LoopedTransformer(nn.Module):
         """Loop on from the states h [B, L, D], or from h_0 = e where there are none.
 
         x [B, L], loops >= 1, restart [B] bool: puzzles that restart from e and ignore h
-        -> logits [B, L, classes] and h [B, L, D], both after `loops` loops, and old [B, L, D],
-        which is h one loop before.
+        -> logits [B, L, classes]; h [B, L, D] after the last loop; old [B, L, D], h before it.
         """
         e = self.embed(x)
         r = self.recall(e)
@@ -312,8 +314,8 @@ def carry_loss(model, batch, carry):
     older weights is as good a start as a new one, and the gradient terms that are cut off shrink
     geometrically. (Without recall the answer has to depend on the path, and this does not hold.)
 
-    The task's loss alone does not make a state come to rest: it may go round for ever, between
-    places that all give the right answer. So cfg.rest adds the motion of the last loop to the loss.
+    The task's loss alone does not bring a state to rest: it may go round for ever among states that
+    all give the right answer. So cfg.rest adds the motion of the last loop to the loss.
 
     batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops that a
     puzzle has had, see start_carry} -> loss, new carry.
@@ -321,7 +323,8 @@ def carry_loss(model, batch, carry):
     cfg = model.cfg
     new_x, new_y = batch
     # puzzles that have had all their loops are replaced, and the new ones start from h_0 = e; most
-    # of the new batch is not used, but drawing all of it keeps the shapes fixed
+    # of the new batch is not used, but drawing all of it keeps the shapes fixed (a compiled model
+    # would be compiled again for others)
     done = carry["age"] >= cfg.loops
     x = torch.where(done[:, None], new_x, carry["x"])
     y = torch.where(done[:, None], new_y, carry["y"])
@@ -330,8 +333,8 @@ def carry_loss(model, batch, carry):
     loss = model.task.loss(logits, y)
 
     # the rest term punishes motion in the last loop: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens
-    # (smooth, where the residual of the tables is the largest of the tokens); the denominator is
-    # detached, so that a larger h does not lower it
+    # (relative_change(), for the tables, takes the largest of the tokens instead); the denominator
+    # is detached, so that a larger h does not lower it
     motion = (h - old).square().sum(-1) / h.detach().square().sum(-1)
     loss = loss + cfg.rest * motion.mean()
 
@@ -342,8 +345,8 @@ def carry_loss(model, batch, carry):
 def start_carry(model, batch):
     """The first carry: new puzzles, all at h_0 = e."""
     x, y = batch
-    # ages are staggered, so that not all puzzles are replaced in the same step; in this first
-    # batch, and in no later one, some therefore get fewer loops
+    # staggered, so that about as many puzzles are replaced in each step; those of this first batch
+    # therefore get fewer loops
     age = torch.arange(len(x), device=x.device) * model.cfg.loops // len(x)
     return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
 
@@ -377,35 +380,6 @@ def compute_loss(model, batch, carry, rng):
 
 
 # -----------------------------------------------------------------------------
-# defaults of the tasks, and the authors' protocol
-
-# sudoku, and any task without a line of its own; there carry_loss gives a puzzle its 30 loops in
-# 30 / 3 = 10 optimizer steps
-BOARD = dict(n_train=20000, n_hard=256, window=0, loops=30, grad_loops=3, steps=8000, lr=4e-3,
-             eval_loops=512, damping=0.25)
-DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, window=5, loops=21, grad_loops=3, steps=400,
-                        lr=8e-3, eval_loops=500, damping=0.0),
-    "sudoku": BOARD,
-    "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
-                          eval_loops=64),
-}
-SIDE_DEFAULTS = {
-    4: dict(loops=16, steps=800, eval_loops=64),
-    6: dict(steps=4000, eval_loops=128),
-}
-
-PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",
-             lr=3e-4, decay="step", warmup=160, steps=1600, eval_loops=500, positions="relative")
-PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
-PAPER_PRESET = {
-    "prefix_sums": PAPER,
-    "sudoku": PAPER_BOARD,
-    "chess": PAPER_BOARD | dict(marks="squares"),
-}
-
-
-# -----------------------------------------------------------------------------
 # configuration: all options live here, and the command line is generated from them
 
 
@@ -422,7 +396,7 @@ def option(default, help, choices=(), low=None, group=None, tasks=()):
 class Config:
     """Options of a run. Raises UserError.
 
-    None: the task's own default (DEFAULTS, above), or not set.
+    None becomes the task's own default (DEFAULTS, below); options without one stay None.
     """
 
     # task and data
@@ -441,10 +415,12 @@ class Config:
     # model
     width: int = option(64, "D, channels of the state", group="model")
     heads: int = option(4, "attention heads")
-    window: int = option(None, "a token attends to so many tokens around it; 0: to all", low=0)
-    positions: str = option("absolute", "RoPE; absolute adds a start token (strings) or an "
-                            "embedding for each cell (boards)", ("absolute", "relative"))
-    blocks: int = option(1, "untied blocks in a loop")
+    window: int = option(None, "a token sees so many around it, itself too; 0: all", low=0,
+                         tasks=("prefix_sums",))
+    positions: str = option("absolute", "relative: RoPE alone; absolute: and a start token "
+                            "(strings), an embedding of each cell (boards)",
+                            ("absolute", "relative"))
+    blocks: int = option(1, "different blocks in a loop, one after the other")
     recall: str = option("internal", "where the input is re-injected",
                          ("none", "external", "internal"))
     norm: str = option("outer", "where the norm stands, see Block; gru: a gate",
@@ -463,7 +439,7 @@ class Config:
     optimizer: str = option("muon", "Muon for hidden matrices and AdamW for the rest, or AdamW",
                             ("muon", "adamw"))
     lr: float = option(None, "learning rate; warm-up and decay scale it down")
-    decay: str = option("linear", "ramp, then linear to 0; or slow warm-up, and x0.1 after 60 %",
+    decay: str = option("linear", "to 0 from the first step on; or x0.1 after 60 %",
                         ("linear", "step"))
     warmup: int = option(50, "steps of the ramp; --decay step: its time constant", low=0)
     weight_decay: float = option(0.01, "on matrices and embeddings", low=0)
@@ -473,7 +449,8 @@ class Config:
     eval_loops: int = option(None, "largest loop count of the table", group="evaluation")
     eval_every: int = option(100, "steps from one validation to the next")
     tol: float = option(1e-3, "converged: no token moves by more than this share of its size")
-    damping: float = option(None, "d in --tries above 1 and --watch: h <- (1 - d) step(h) + d h",
+    damping: float = option(None, "d in --watch, and in all --tries if there are more than one: "
+                            "h <- (1 - d) step(h) + d h",
                             low=0)
     tries: int = option(1, "tries in all, after the first one in a random symmetric form, until "
                         "one converges", tasks=("sudoku",))
@@ -510,7 +487,7 @@ class Config:
             raise UserError(f"--window {self.window}: must be odd, or 0 for all tokens")
         if self.damping >= 1:
             raise UserError(f"--damping {self.damping}: must be below 1")
-        # a puzzle with fewer loops than that is trained whole, in one optimizer step
+        # fewer loops than that: backpropagate through all of them, in one step
         self.grad_loops = min(self.grad_loops, self.loops)
 
     def check(self, field):
@@ -540,6 +517,34 @@ class Config:
 
 
 # -----------------------------------------------------------------------------
+# defaults of the tasks, and the authors' protocol
+
+# sudoku, and any task without a line of its own; its 30 loops a puzzle gets in 30 / 3 = 10 steps
+BOARD = dict(n_train=20000, n_hard=256, window=0, loops=30, grad_loops=3, steps=8000, lr=4e-3,
+             eval_loops=512, damping=0.25)
+DEFAULTS = {
+    "prefix_sums": dict(n_train=8000, n_hard=64, window=5, loops=21, grad_loops=3, steps=400,
+                        lr=8e-3, eval_loops=500, damping=0.0),
+    "sudoku": BOARD,
+    "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
+                          eval_loops=64),
+}
+SIDE_DEFAULTS = {
+    4: dict(loops=16, steps=800, eval_loops=64),
+    6: dict(steps=4000, eval_loops=128),
+}
+
+PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",
+             lr=3e-4, decay="step", warmup=160, steps=1600, eval_loops=500, positions="relative")
+PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
+PAPER_PRESET = {
+    "prefix_sums": PAPER,
+    "sudoku": PAPER_BOARD,
+    "chess": PAPER_BOARD | dict(marks="squares"),
+}
+
+
+# -----------------------------------------------------------------------------
 # training
 
 
@@ -563,10 +568,10 @@ def get_lr(cfg, step):
 
 
 def orthogonalize(u):
-    """A matrix -> nearly the orthogonal one next to it: its singular values come close to 1.
+    """A matrix -> one with the same singular vectors, whose singular values are all near 1.
 
-    Newton-Schulz: each step maps all singular values s to a s + b s^3 + c s^5. The coefficients are
-    those of Jordan et al. (2024); with them the values end between 0.7 and 1.2, and soon.
+    Newton-Schulz: each turn maps all singular values s to a s + b s^3 + c s^5. The coefficients are
+    those of Jordan et al. (2024), by which most values end between 0.7 and 1.2.
     """
     tall = u.shape[0] > u.shape[1]
     if tall:
@@ -582,7 +587,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal, for matrices (Jordan et al., 2024).
 
     The same as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in fp32: that one computes
-    in bf16, which on many CPUs takes longer than the rest of the training step.
+    in bf16, which on many CPUs takes as long as the rest of the training step. Each group needs a
+    rate, "lr", which train() sets.
     """
 
     def __init__(self, groups, weight_decay, momentum=0.95):
@@ -592,6 +598,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
@@ -622,9 +630,9 @@ def configure_optimizers(model, cfg):
     elif cfg.optimizer == "muon":
         # Muon is meant for maps from hidden to hidden channels, not for embeddings and the last
         # layer
-        ends = [model.tok_emb.weight, model.pos_emb, model.head[-1].weight]
-        hidden = [p for p in matrices if not any(p is end for end in ends)]
-        others = [p for p in matrices if any(p is end for end in ends)]
+        ends = {id(p) for p in (model.tok_emb.weight, model.pos_emb, model.head[-1].weight)}
+        hidden = [p for p in matrices if id(p) not in ends]
+        others = [p for p in matrices if id(p) in ends]
         # half of Muon's rate was a good one for the rest, among the few that were tried
         groups = [
             {"params": others, "weight_decay": cfg.weight_decay, "lr_scale": 0.5},
@@ -634,13 +642,6 @@ def configure_optimizers(model, cfg):
         return [torch.optim.AdamW(groups, fused=not on_mps), muon]
     else:
         raise ValueError(f"optimizer {cfg.optimizer!r} has no branch in configure_optimizers")
-
-
-def save_checkpoint(out, checkpoint):
-    """Write out/ckpt.pt atomically: a crash leaves the old file or the new one."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    data.write_atomic(out / "ckpt.pt", buffer.getvalue())
 
 
 def clone_weights(model):
@@ -653,25 +654,14 @@ def log(out, record):
         file.write(json.dumps(record) + "\n")
 
 
-def restore(checkpoint, model, optimizers, rng):
-    """Bring model, optimizers and random numbers to where a checkpoint left them, in place."""
-    model.load_state_dict(checkpoint["model"])
-    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    # another shape means that it was saved on another kind of device, whose random numbers cannot
-    # be continued here: then they begin again at the seed
-    if checkpoint["rng"].shape == rng.get_state().shape:
-        rng.set_state(checkpoint["rng"].cpu())
-
-
 def train(cfg, model, sets, out, checkpoint=None):
     """Train a model on sets["train"] and save out/ckpt.pt at each validation.
 
-    sets: {"train", "val", ...: (x, y)} on the model's device. checkpoint: one to go on from;
-    on a CPU, with the same options, the result is bit for bit that of a run which was never
-    stopped. Nothing is saved on Ctrl-C: the steps since the last validation are repeated. Raises
-    UserError if the loss is no longer finite; the last good checkpoint stays. out: a Path, a folder
-    that exists.
+    sets: {"train", "val", ...: (x, y)} on the model's device. out: a Path, a folder that exists.
+    checkpoint: one to go on from; on a CPU, with the same options, the result is bit for bit that
+    of a run which was never stopped. Nothing is saved on Ctrl-C: the steps since the last
+    validation are repeated. Raises UserError if the loss is not finite at a validation; the last
+    good checkpoint stays.
     """
     task = model.task
     x_all, y_all = sets["train"]
@@ -687,7 +677,7 @@ def train(cfg, model, sets, out, checkpoint=None):
     if checkpoint is not None:
         run = {name: checkpoint[name] for name in run}
         restore(checkpoint, model, optimizers, rng)
-    if cfg.train != "progressive":      # which alone needs no states of the step before
+    if cfg.train != "progressive":      # it alone carries no states from step to step
         if run["carry"] is None:
             batch = get_batch(task, x_all, y_all, cfg.batch, rng)
             run["carry"] = start_carry(model, batch)
@@ -716,10 +706,10 @@ def train(cfg, model, sets, out, checkpoint=None):
             optimizer.zero_grad(set_to_none=True)
 
         # validate, save and log now and then, and after the last step
-        done = step + 1
-        run["step"] = done
+        steps_done = step + 1
+        run["step"] = steps_done
         timed_steps += 1
-        is_eval_step = done % cfg.eval_every == 0 or done == cfg.steps
+        is_eval_step = steps_done % cfg.eval_every == 0 or steps_done == cfg.steps
         if not is_eval_step:
             continue
         loss = loss.item()          # waits for a GPU, so that the time is right
@@ -731,7 +721,7 @@ def train(cfg, model, sets, out, checkpoint=None):
             again = ""
             if (out / "ckpt.pt").exists():
                 again = f"; --resume {shlex.quote(str(out))} has the last good checkpoint"
-            raise UserError(f"step {done}: loss or residual is not finite (loss {loss:.3g}): "
+            raise UserError(f"step {steps_done}: loss or residual is not finite (loss {loss:.3g}): "
                             f"lower --lr{again}", exit_code=1)
 
         # keep the best on validation, of equal ones the latest; the test sets are never used
@@ -743,50 +733,14 @@ def train(cfg, model, sets, out, checkpoint=None):
             "optimizers": [o.state_dict() for o in optimizers], "rng": rng.get_state(),
         })
         log(out, {
-            "step": done, "loss": loss, "exact": val["exact"], "residual": val["residual"],
+            "step": steps_done, "loss": loss, "exact": val["exact"], "residual": val["residual"],
             "grad_norm": grad_norm.item(), "lr": lr, "ms": 1e3 * step_seconds,
         })
-        left = (time.time() - start) / (done - first_step) * (cfg.steps - done)
-        print(f"step {done:6d} | loss {loss:.4f} | val exact {val['exact']:.3f} | lr {lr:.1e} "
-              f"| {1e3 * step_seconds:4.0f} ms | {data.clock(left)} left", flush=True)
+        left = (time.time() - start) / (steps_done - first_step) * (cfg.steps - steps_done)
+        print(f"step {steps_done:6d} | loss {loss:.4f} | val exact {val['exact']:.3f} | "
+              f"lr {lr:.1e} | {1e3 * step_seconds:4.0f} ms | {data.clock(left)} left", flush=True)
         interval_start = time.time()
         timed_steps = 0
-
-
-def read_checkpoint(path, device="cpu"):
-    """A run's folder or its ckpt.pt -> checkpoint, model with the best weights; or UserError."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "ckpt.pt"
-    if not path.is_file():
-        raise UserError(f"{path}: there is no checkpoint; give a run's folder or a .pt file")
-    try:
-        # torch does not compare the checksums: a flipped bit would give wrong answers silently
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise ValueError("a checksum is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        cfg = Config(**checkpoint["config"])
-        # a model without memory of its own: the shapes are compared before anything is allocated
-        with torch.device("meta"):
-            model = LoopedTransformer(cfg)
-        model.load_state_dict(checkpoint["best"], assign=True)
-        if not all(weight.isfinite().all() for weight in model.parameters()):
-            raise ValueError("weights are not finite")
-    except Exception as error:      # torch raises a dozen kinds for truncated and foreign files
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a checkpoint that this looped.py can read "
-                        f"({reason:.200})") from None
-    return checkpoint, model.to(device).eval().requires_grad_(False)
-
-
-def load(path, device="cpu"):
-    """A run's folder or a checkpoint -> (model, cfg), with the weights that validated best.
-
-    The weights take no gradient: model.requires_grad_(True) to train them on.
-    """
-    _, model = read_checkpoint(path, device)
-    return model, model.cfg
 
 
 # -----------------------------------------------------------------------------
@@ -800,13 +754,13 @@ def relative_change(new, old):
 
 
 def chunk_size(x):
-    """How many puzzles of x [N, L] to take at once: they should fit the caches of a CPU."""
+    """How many puzzles of x [N, L] to take at once: what the caches of a CPU hold, or a GPU."""
     tokens = 4096 if x.device.type == "cpu" else 2 ** 17
     return max(1, tokens // x.shape[1])
 
 
-# a state that moves less than this moves by rounding only: float32 has steps of 1.2e-7. (What
-# counts as converged is cfg.tol, 1e-3; this only saves the work on what has long converged.)
+# Unlike cfg.tol (1e-3), below which a puzzle counts as converged, this only saves work: a state
+# that moves less moves by rounding only, as float32 has steps of 1.2e-7.
 ROUNDING = 2e-6
 
 
@@ -823,13 +777,55 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
     h = e.clone()
     residual = e.new_full((len(x),), math.inf)
     for t in range(1, max_loops + 1):
-        moving = (~(residual < freeze_below)).nonzero()[:, 0]        # a NaN moves, too
+        moving = (~(residual < freeze_below)).nonzero()[:, 0]        # so that a NaN moves
         if len(moving) > 0:
             old = h[moving]
             new = model.step(old, None if r is None else r[moving])
             residual[moving] = relative_change(new, old)    # of the step without damping
             h[moving] = new.lerp(old, damping)
         yield t, h, residual
+
+
+@torch.inference_mode()
+def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0, tries=1, generator=None, progress=None):
+    """Adaptive halting: each puzzle loops until none of its tokens moves more than tol.
+
+    x [N, L] of any integer type. With tries > 1 a puzzle that does not converge is tried again in
+    a random symmetric form, `tries` in all: a board with its digits renamed and its rows and
+    columns in another order. The first try that converges counts, or else the first of all.
+    (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
+    generator: of the symmetric forms. progress(tried, tries) is called before each further try.
+    -> logits [N, L, classes], loops used in all tries [N], converged [N] (False: max_loops was not
+    enough).
+    """
+    logits, used, converged = loop_until_converged(model, x, tol, max_loops, damping)
+    for tried in range(1, tries):
+        left = (~converged).nonzero()[:, 0]
+        if len(left) == 0:
+            break
+        if progress is not None:
+            progress(tried, tries)
+        renamed, undo = model.task.rename(x[left], generator)
+        again, loops, now = loop_until_converged(model, renamed, tol, max_loops, damping)
+        logits[left[now]] = undo(again)[now]
+        used[left] += loops
+        converged[left[now]] = True
+    return logits, used, converged
+
+
+def loop_until_converged(model, x, tol, max_loops, damping):
+    """One try of solve()."""
+    parts = []
+    for xb in x.split(chunk_size(x)):
+        used = torch.zeros(len(xb), dtype=torch.long, device=x.device)
+        converged = torch.zeros(len(xb), dtype=torch.bool, device=x.device)
+        for t, h, residual in run_loop(model, xb, max_loops, tol, damping):
+            used[~converged] = t
+            converged = residual < tol
+            if converged.all() or t == max_loops:
+                parts.append((model.readout(h), used, converged))
+                break
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def evaluate(model, x, y, counts, **options):
@@ -902,48 +898,6 @@ def evaluate_and_halt(model, x, y, counts, progress=None, freeze_below=ROUNDING,
     return means, labels, used, converged
 
 
-@torch.inference_mode()
-def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0, tries=1, generator=None, progress=None):
-    """Adaptive halting: each puzzle loops until none of its tokens moves more than tol.
-
-    x [N, L] of any integer type. With tries > 1 a puzzle that does not converge is tried again in
-    a random symmetric form, `tries` in all: a board with its digits renamed and its rows and
-    columns in another order. The first try that converges counts, or else the first of all.
-    (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
-    generator: of the symmetric forms. progress(tried, tries) is called before each further try.
-    -> logits [N, L, classes], loops used in all tries [N], converged [N] (False: max_loops was not
-    enough).
-    """
-    logits, used, converged = loop_until_converged(model, x, tol, max_loops, damping)
-    for tried in range(1, tries):
-        left = (~converged).nonzero()[:, 0]
-        if len(left) == 0:
-            break
-        if progress is not None:
-            progress(tried, tries)
-        renamed, undo = model.task.rename(x[left], generator)
-        again, loops, now = loop_until_converged(model, renamed, tol, max_loops, damping)
-        logits[left[now]] = undo(again)[now]
-        used[left] += loops
-        converged[left[now]] = True
-    return logits, used, converged
-
-
-def loop_until_converged(model, x, tol, max_loops, damping):
-    """One try of solve()."""
-    parts = []
-    for xb in x.split(chunk_size(x)):
-        used = torch.zeros(len(xb), dtype=torch.long, device=x.device)
-        converged = torch.zeros(len(xb), dtype=torch.bool, device=x.device)
-        for t, h, residual in run_loop(model, xb, max_loops, tol, damping):
-            used[~converged] = t
-            converged = residual < tol
-            if converged.all() or t == max_loops:
-                parts.append((model.readout(h), used, converged))
-                break
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
 def wilson(rate, n):
     """The 95 % interval of a rate that was seen in n trials (Wilson, 1927)."""
     z = 1.96
@@ -956,8 +910,7 @@ def wilson(rate, n):
 
 def report(cfg, model, sets):
     """Evaluate both test sets and print the table -> the content of eval.json."""
-    # from cfg, not from the model: --hard_bits may differ from training
-    levels = data.levels(cfg.make_task(), cfg.files)
+    levels = data.levels(model.task, cfg.files)
     # 1, 2, 4, ... and eval_loops
     counts = sorted({2 ** i for i in range(cfg.eval_loops.bit_length())} | {cfg.eval_loops})
     result = {"config": dataclasses.asdict(cfg), "halting": {}}
@@ -974,14 +927,15 @@ def report(cfg, model, sets):
                                             cfg.tries, generator, progress)
             labels = model.task.predict(logits)
         right = (labels == y).all(-1)
+        n = len(x)
         result["halting"][level] = {
-            "n": len(x),
+            "n": n,
             "tries": cfg.tries,
             "damping": cfg.damping if cfg.tries > 1 else 0.0,
-            "exact": right.double().mean().item(),
-            "loops": used.double().mean().item(),
-            "converged": converged.double().mean().item(),
-            "converged_and_right": (converged & right).double().mean().item(),
+            "exact": right.sum().item() / n,
+            "loops": used.sum().item() / n,
+            "converged": converged.sum().item() / n,
+            "converged_and_right": (converged & right).sum().item() / n,
         }
     result["eval_minutes"] = (time.time() - began) / 60
     print_table(cfg, levels, counts, result)
@@ -1007,7 +961,7 @@ def print_table(cfg, levels, counts, result):
             how = f"in up to {cfg.tries} tries, damped by {cfg.damping}"
         print(f"\n{level}: {meaning}, {halt['n']} puzzles\n"
               f"  {solved:.3f} solved at {cfg.eval_loops} loops (95 % interval {low:.3f} to "
-              f"{high:.3f}; most at {best} loops)\n"
+              f"{high:.3f}; best at {best} loops)\n"
               f"  {halt['exact']:.3f} solved {how}: {halt['converged']:.0%} converge, "
               f"{halt['loops']:.0f} loops")
 
@@ -1018,7 +972,7 @@ def watch(cfg, model):
 
     Prints the prediction at loops 1, 2, 4, ... until the state converges.
     """
-    task = cfg.make_task()      # not model.task: --hard_bits may differ from training
+    task = model.task
     if cfg.puzzle is not None:
         text = cfg.puzzle
         x, y = task.parse(text)             # y is None if no single solution is known
@@ -1059,9 +1013,67 @@ def mark_token(labels, shown, y, i, text):
 
 
 # -----------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(out, checkpoint):
+    """Write out/ckpt.pt atomically: a crash leaves the old file or the new one."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    data.write_atomic(out / "ckpt.pt", buffer.getvalue())
+
+
+def restore(checkpoint, model, optimizers, rng):
+    """Bring model, optimizers and random numbers to where a checkpoint left them, in place."""
+    model.load_state_dict(checkpoint["model"])
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    # another shape means that it was saved on another kind of device, whose random numbers cannot
+    # be continued here: then they begin again at the seed
+    if checkpoint["rng"].shape == rng.get_state().shape:
+        rng.set_state(checkpoint["rng"].cpu())
+
+
+def read_checkpoint(path, device="cpu"):
+    """A run's folder or its ckpt.pt -> checkpoint, model with the best weights; or UserError."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "ckpt.pt"
+    if not path.is_file():
+        raise UserError(f"{path}: there is no checkpoint; give a run's folder or a .pt file")
+    try:
+        # torch does not compare the checksums: a flipped bit would give wrong answers silently
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        cfg = Config(**checkpoint["config"])
+        # a model without memory of its own: the shapes are compared before anything is allocated
+        with torch.device("meta"):
+            model = LoopedTransformer(cfg)
+        model.load_state_dict(checkpoint["best"], assign=True)
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise ValueError("weights are not finite")
+    except Exception as error:      # torch raises a dozen kinds for truncated and foreign files
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a checkpoint that this looped.py can read "
+                        f"({reason:.200})") from None
+    return checkpoint, model.to(device).eval().requires_grad_(False)
+
+
+def load(path, device="cpu"):
+    """A run's folder or a checkpoint -> (model, cfg), with the weights that validated best.
+
+    The weights take no gradient: model.requires_grad_(True) to train them on.
+    """
+    _, model = read_checkpoint(path, device)
+    return model, model.cfg
+
+
+# -----------------------------------------------------------------------------
 # command line
 
-# what may change when a run is resumed: all else that made its weights stays
+# what may change when a run is resumed
 MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "lr", "clip", "eval_loops", "eval_every",
               "tol", "damping", "tries", "device", "dtype", "compile")
 # and these belong to one call, not to the run
@@ -1125,7 +1137,8 @@ def configure(given):
     cfg = Config(**(base | given))
     check_options(given, cfg)
     if checkpoint is not None:
-        check_resume(given, cfg, checkpoint)
+        check_resume(given, cfg, checkpoint, model.cfg)
+        model.task = cfg.make_task()        # --hard_bits may differ from training
     return cfg, checkpoint, model
 
 
@@ -1145,15 +1158,15 @@ def check_options(given, cfg):
         raise UserError("--puzzle is for --watch: add that")
 
 
-def check_resume(given, cfg, checkpoint):
-    """Raises UserError if an option that was given contradicts the run that is resumed."""
+def check_resume(given, cfg, checkpoint, old):
+    """Raises UserError if an option that was given contradicts `old`, the run that is resumed."""
     step = checkpoint["step"]
     may_change = MAY_CHANGE + OF_ONE_CALL
     if cfg.watch or cfg.steps == step:
         may_change += ("files",)        # a finished run may be tested on other puzzles
     for name, value in given.items():
-        made_with = checkpoint["config"][name]
-        if name not in may_change and value != made_with:
+        made_with = getattr(old, name)
+        if name not in may_change and getattr(cfg, name) != made_with:
             raise UserError(f"--{name} {value}: the run was made with {made_with}; leave the "
                             "option out")
     if cfg.steps < step:
@@ -1220,7 +1233,7 @@ def claim_folder(cfg):
     resumes = cfg.resume is not None and Path(cfg.resume).resolve() in (here, here / "ckpt.pt")
     if not resumes:
         try:
-            open(out / "log.jsonl", "x").close()    # of two runs at the same time, one succeeds
+            open(out / "log.jsonl", "x").close()    # of two new runs at the same time one succeeds
         except FileExistsError:
             way = "choose another --out (or delete it, if no run is using it)"
             if (out / "ckpt.pt").exists():

@@ -77,9 +77,7 @@ class Run(NamedTuple):
     def halting(self, level):
         """Puzzles that loop until they converge: shares exact and converged, mean loops, n."""
         found = self.result["halting"][level]
-        # older files say "settled"
-        converged = found.get("converged", found.get("settled"))
-        return found["exact"], converged, found["loops"], found["n"]
+        return found["exact"], found["converged"], found["loops"], found["n"]
 
 
 def read_json(path):
@@ -235,8 +233,6 @@ def front_table(raw, *patterns):
         if key == "chess" and config["files"]:
             key = "lichess"
         task, easy, hard = FRONT[key]
-        if chip(runs[0]).startswith("NVIDIA"):
-            task += f", width {config['width']}, GPU"
         first = in_training(runs[0])
         early = np.mean([run.result["hard"][first]["exact"] for run in runs])
         late = spread([run.exact("hard") for run in runs])
@@ -315,11 +311,6 @@ def halting_table(raw, *patterns):
 def read_log(run):
     """-> the records of a run's log.jsonl."""
     return [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-
-
-def chip(run):
-    """What the run was trained on; the first record says so."""
-    return read_log(run)[0]["chip"]
 
 
 def validations(run):
@@ -416,15 +407,25 @@ def mean_difference(gaps):
     return np.mean(gaps), t * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
 
 
-def pairs_table(raw, pattern, first, second):
+def pairs_table(raw, pattern, *names):
     """Two variants seed by seed on hard puzzles: the mean difference, in one pass and with tries.
 
-    The row for tries is there if all the runs had the same number, for all their puzzles.
+    names: first and second, and perhaps more such pairs. The row for tries is there if all the runs
+    had the same number, for all their puzzles.
     """
     groups = find_groups(raw, [pattern])
-    for name in (first, second):
+    for name in names:
         if name not in groups:
             raise UserError(f"{raw / pattern}: no run {name} there")
+    rows = []
+    for first, second in zip(names[::2], names[1::2], strict=True):
+        rows += difference_rows(groups, first, second)
+    head = ["hard", "paired seeds", "puzzles a seed", "first", "second", "each", "mean difference"]
+    return markdown(head, rows)
+
+
+def difference_rows(groups, first, second):
+    """-> the rows of one pair of variants."""
     pairs = pair_by_seed(groups, first, second)
     if len(pairs) < 2:
         raise UserError(f"{first}, {second}: a pair needs two seeds in common")
@@ -445,37 +446,11 @@ def pairs_table(raw, pattern, first, second):
             spread(others), each(gaps, "+.3f"),
             f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]",
         ])
-    head = ["hard", "paired seeds", "puzzles a seed", "first", "second", "each", "mean difference"]
-    return markdown(head, rows)
-
-
-def harm_table(raw, *patterns):
-    """Does looping on do harm? The best loop count against the largest, mean over seeds.
-
-    What loses nothing is only counted, in the last row.
-    """
-    rows = []
-    unharmed = 0
-    for name, runs in find_groups(raw, patterns).items():
-        for level in LEVELS:
-            counts, means = mean_curve(runs, level)
-            best = int(np.argmax(means))
-            if means[-1] == means[best]:
-                unharmed += 1
-                continue
-            rows.append(
-                [
-                    f"{name}, {level}", f"{len(runs)} x {sizes(runs, level)}",
-                    f"{means[best]:.3f} at {counts[best]}", f"{means[-1]:.3f} at {counts[-1]}",
-                    f"{means[-1] - means[best]:+.4f}",
-                ]
-            )
-    rows.append([f"the other {unharmed}", "", "", "best at the last", ""])
-    return markdown(["run", "seeds x puzzles", "best", "last", "lost since"], rows)
+    return rows
 
 
 # ----------------------------------------------------------------------------
-# tables of measurements in float64, of claims, of halting, of speed
+# tables of measurements in float64, of claims, of halting
 
 AXES = {  # a key of theory.py's records: how it is shown, and how it is written
     "converged": ("converged", ".0%"),
@@ -577,25 +552,25 @@ def rank_table(raw, *files):
     return markdown(head, rows)
 
 
-def axis_correlation(variants, key):
-    """-> rank correlation of an axis with hard accuracy over the runs of all variants."""
-    records = [record for variant in variants for record in variant]
-    return spearman(column(records, key), column(records, "hard"))
-
-
 def bootstrap(variants, key, draws=1000):
-    """-> axis_correlation, its interval, and what chance stays below."""
+    """-> rank correlation of an axis with hard accuracy over the runs of all variants, its
+    interval, and what chance stays below."""
+    axis = [column(records, key) for records in variants]
+    hard = [column(records, "hard") for records in variants]
+
+    def correlation(pick):
+        return spearman(np.concatenate([axis[i] for i in pick]),
+                        np.concatenate([hard[i] for i in pick]))
+
     random = np.random.RandomState(0)
     drawn = []
     shuffled = []
-    records = [record for variant in variants for record in variant]
     for _ in range(draws):
-        picked = random.randint(len(variants), size=len(variants))
-        drawn.append(axis_correlation([variants[i] for i in picked], key))
-        hard = random.permutation(column(records, "hard"))
-        shuffled.append(abs(spearman(column(records, key), hard)))
+        drawn.append(correlation(random.randint(len(variants), size=len(variants))))
+        accuracies = random.permutation(np.concatenate(hard))
+        shuffled.append(abs(spearman(np.concatenate(axis), accuracies)))
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return axis_correlation(variants, key), low, high, np.quantile(shuffled, 0.975)
+    return correlation(range(len(variants))), low, high, np.quantile(shuffled, 0.975)
 
 
 def limits_table(raw, file):
@@ -697,26 +672,13 @@ def damping_table(raw, file, boards="256"):
     )
 
 
-def speed_table(raw, folder):
-    """Milliseconds a step, without those up to the first evaluation."""
-    rows = []
-    for path in sorted(raw.glob(f"{folder}/*.jsonl")):
-        first, *steps = [json.loads(line) for line in path.read_text().splitlines()]
-        config = first["config"]
-        tokens = config["bits"] + 1 if config["task"] == "prefix_sums" else config["side"] ** 2
-        ms = np.mean([step["ms"] for step in steps if "ms" in step][1:])
-        rate = 1e3 * config["batch"] * tokens * config["grad_loops"] / ms
-        rows.append([path.stem, config["batch"], tokens, f"{ms:.0f}", f"{rate:,.0f}"])
-    return markdown(["run", "batch", "tokens", "ms a step", "token-loops a second"], rows)
-
-
 TABLES = {
     "runs": runs_table, "front": front_table, "loops": loops_table, "seeds": seeds_table,
     "halting": halting_table, "learnt": learnt_table, "rates": rates_table,
-    "grid": grid_table, "pairs": pairs_table, "harm": harm_table, "trained": trained_table,
+    "grid": grid_table, "pairs": pairs_table, "trained": trained_table,
     "rank": rank_table, "limits": limits_table, "count": count_table, "followed": followed_table,
     "legal": legal_table, "overlap": overlap_table, "theory": theory_table,
-    "damping": damping_table, "speed": speed_table,
+    "damping": damping_table,
 }
 
 
@@ -1111,29 +1073,12 @@ def staircase_figure(out):
     save_figure(figure, out / "staircase.png")
 
 
-def spectrum_figure(out):
-    """Eigenvalues of the Jacobian of untrained blocks after 1,000 loops."""
-    names = ("pre + internal", "outer + none", "outer + external", "outer + internal")
-    figure, axes = new_figure(8.5, 2.9, 1, len(names))
-    circle = torch.linspace(0, 2 * math.pi, 200)
-    for axis, name in zip(axes[0], names, strict=True):
-        loop = theory.untrained(0, *name.split(" + "), theory.LARGE, 1, theory.STRONG)
-        h = theory.states(loop, [1000])[0]
-        eig = torch.linalg.eigvals(theory.jacobian(loop, h)[0])
-        axis.plot(circle.cos(), circle.sin(), color="0.6", linewidth=1)
-        axis.plot(eig.real, eig.imag, ".", color=BLUE, markersize=3)
-        axis.set_title(f"{name}\nlargest: {eig.abs().max():.2f}", fontsize=10)
-        axis.set(aspect="equal", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
-    save_figure(figure, out / "spectrum.png")
-
-
 def figures(raw, out, names):
     """Draw all figures, or those named."""
     draw = {
         "grid": lambda: grid_figure(raw, out), "axes": lambda: axes_figure(raw, out),
         "regions": lambda: regions_figure(out), "drift": lambda: drift_figure(out),
-        "staircase": lambda: staircase_figure(out), "spectrum": lambda: spectrum_figure(out),
-        "halting": lambda: halting_figure(out),
+        "staircase": lambda: staircase_figure(out), "halting": lambda: halting_figure(out),
     }
     for name in names or draw:
         if name not in draw:
