@@ -745,10 +745,6 @@ def phrases(raw):
     said.append(f"{halt['exact']:.3f} solved when each stops by itself: "
                 f"{halt['converged']:.0%} converge, {halt['loops']:.0f} loops")
 
-    # ... and of the same command on another machine
-    halt = read_json(raw / "quickstart-slow/eval.json")["halting"]["hard"]
-    said.append(f"solved {round(halt['exact'] * halt['n'])} of {halt['n']}")
-
     # boards, tried again
     shares = [np.mean([run.halting("hard")[0] for run in find_groups(raw, [pattern])["internal"]])
               for pattern in ("current/sudoku6/internal-*", "current/sudoku9/internal-*")]
