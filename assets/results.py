@@ -745,6 +745,12 @@ def phrases(raw):
     said.append(f"{halt['exact']:.3f} solved when each stops by itself: "
                 f"{halt['converged']:.0%} converge, {halt['loops']:.0f} loops")
 
+    # ... and of the same command without recall, and with pre norm
+    groups = find_groups(raw, ["current/variants/*"])
+    for cell in ("none-outer", "internal-pre"):
+        easy, hard = [hits_of(groups[cell], level) for level in LEVELS]
+        said.append("{} of {} strings of 32 bits, and {} of {} of 512".format(*easy, *hard))
+
     # boards, tried again
     shares = [np.mean([run.halting("hard")[0] for run in find_groups(raw, [pattern])["internal"]])
               for pattern in ("current/sudoku6/internal-*", "current/sudoku9/internal-*")]
