@@ -963,7 +963,7 @@ def g1(seed, quick, norm="outer", eps=1e-6):
     yield control(f"pre, {what}", near_zero("pre"), equals=0)
 
 
-def gradient_sweep(norm, seed, widths):
+def gradient_sweep(norm, seed, widths, recalls=("internal", "external")):
     """Gradients through K and 2 K loops, for two recalls, three gains and some widths.
 
     K: 40, or the loop from which on the state moves less than 1e-6, if that is later.
@@ -975,7 +975,7 @@ def gradient_sweep(norm, seed, widths):
     converged = []
     # recall gain and rho of W_h (None: as it is); weaker recall may not converge (claim axes)
     strengths = ((4.0, None), (16.0, 2.0), (64.0, 2.0))
-    for recall in ("internal", "external"):
+    for recall in recalls:
         for gain, rho in strengths:
             for width in widths:
                 f = untrained(seed, norm, recall, width, inputs=1, gain=gain, rho=rho)
