@@ -994,6 +994,9 @@ def split_of(level, key, role="both"):
     return split
 
 
+PATIENCE = 100      # parts of a stream without a puzzle for a short split, before we give up
+
+
 def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cache"):
     """-> {"train", "val", "easy", "hard": Puzzles} of n_train, n_val, n_test, n_hard puzzles.
 
@@ -1022,10 +1025,11 @@ def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cac
     idle = 0
     with closing(stream):
         while short := [split for split in need if count[split] < need[split]]:
-            puzzles, puzzle_levels, role = next(stream, (None, None, None))
-            if puzzles is None or idle == patience:
+            part = next(stream, None)
+            if part is None or idle == patience:
                 raise too_few(short[0], need, count, source)
 
+            puzzles, puzzle_levels, role = part
             before = [count[split] for split in short]
             keys = task.keys(puzzles.x, puzzles.y)
             for puzzle, level, key in zip(puzzles, puzzle_levels, keys, strict=True):
@@ -1044,9 +1048,6 @@ def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cac
             idle = idle + 1 if [count[split] for split in short] == before else 0
             report(sum(map(len, rows.values())), sum(need.values()))
     return {split: stack(task, found) for split, found in rows.items()}
-
-
-PATIENCE = 100      # parts without a new puzzle for a short split, before we give up
 
 
 def generated(task, seed, cache):

@@ -450,8 +450,7 @@ class Config:
     eval_every: int = option(100, "steps from one validation to the next")
     tol: float = option(1e-3, "converged: no token moves by more than this share of its size")
     damping: float = option(None, "d in --watch, and in all --tries if there are more than one: "
-                            "h <- (1 - d) step(h) + d h",
-                            low=0)
+                            "h <- (1 - d) step(h) + d h", low=0)
     tries: int = option(1, "tries in all, after the first one in a random symmetric form, until "
                         "one converges", tasks=("sudoku",))
     watch: bool = option(False, "with --resume: show how one puzzle is solved")
@@ -628,8 +627,7 @@ def configure_optimizers(model, cfg):
         ]
         return [torch.optim.AdamW(groups, fused=not on_mps)]
     elif cfg.optimizer == "muon":
-        # Muon is meant for maps from hidden to hidden channels, not for embeddings and the last
-        # layer
+        # Muon is meant for maps from hidden to hidden channels, not for the two ends
         ends = {id(p) for p in (model.tok_emb.weight, model.pos_emb, model.head[-1].weight)}
         hidden = [p for p in matrices if id(p) not in ends]
         others = [p for p in matrices if id(p) in ends]
@@ -1156,6 +1154,9 @@ def check_options(given, cfg):
         raise UserError("--watch needs a trained model: --resume RUN")
     if cfg.puzzle is not None and not cfg.watch:
         raise UserError("--puzzle is for --watch: add that")
+    for name in ("device", "out", "dtype", "compile", "tries", "n_test", "n_hard", "lr", "clip"):
+        if cfg.watch and name in given:
+            raise UserError(f"--{name} has no meaning for --watch: leave it out")
 
 
 def check_resume(given, cfg, checkpoint, old):

@@ -1525,6 +1525,8 @@ BAD = [
     ("--resume=", "resume"),
     ("--out=", "out"),
     ("--resume RUN --watch --puzzle=", "puzzle"),
+    ("--resume RUN --watch --device cpu", "--device"),
+    ("--resume RUN --watch --out x", "--out"),
     ("--resume RUN --watch --files nofile", "nofile"),
     ("--preset=", "preset"),
     ("--task=", "task"),

@@ -565,12 +565,13 @@ def bootstrap(variants, key, draws=1000):
     random = np.random.RandomState(0)
     drawn = []
     shuffled = []
+    all_axis = np.concatenate(axis)
+    all_hard = np.concatenate(hard)
     for _ in range(draws):
         drawn.append(correlation(random.randint(len(variants), size=len(variants))))
-        accuracies = random.permutation(np.concatenate(hard))
-        shuffled.append(abs(spearman(np.concatenate(axis), accuracies)))
+        shuffled.append(abs(spearman(all_axis, random.permutation(all_hard))))
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return correlation(range(len(variants))), low, high, np.quantile(shuffled, 0.975)
+    return spearman(all_axis, all_hard), low, high, np.quantile(shuffled, 0.975)
 
 
 def limits_table(raw, file):
@@ -1015,9 +1016,6 @@ def halting_figure(out):
     save_figure(figure, out / "halting.png")
 
 
-NORMS = {"pre": BLUE, "peri": YELLOW, "outer": GREEN}
-
-
 def regions_figure(out):
     """Where a scalar loop reaches a fixed point, and where theory.py says that it does."""
     side = torch.linspace(-4, 4, 160, dtype=torch.float64)
@@ -1048,7 +1046,7 @@ def drift_figure(out):
     """The state and its residual in an untrained block, against loops."""
     figure, axes = new_figure(8.5, 5, 2, 3, sharex=True, sharey="row")
     for (top, low), recall in zip(axes.T, ("none", "external", "internal"), strict=True):
-        for norm, colour in NORMS.items():
+        for norm, colour in (("pre", BLUE), ("peri", YELLOW), ("outer", GREEN)):
             # h_1 ... h_401 of one input
             loop = theory.untrained(0, norm, recall, theory.LARGE, 1, theory.STRONG)
             h = theory.states(loop, range(1, 402))[:, 0]
