@@ -306,11 +306,15 @@ class PrefixSums(Task):
         return super().text(x[self.scored(x)])
 
     def draw(self, x, answers):
-        """The bits and, below them, their sums; 64 to a line."""
+        """The bits and, below them, their sums; a line holds 64 characters."""
+        # answers may carry a mark, so they may be wider than a bit
+        width = max(map(len, answers.values()), default=1)
         lines = []
-        for start in range(self.front, len(x), 64):
-            places = range(start, min(start + 64, len(x)))
-            lines.append("bits  " + self.text(x[places]))
+        per_line = 64 // width
+        for start in range(self.front, len(x), per_line):
+            places = range(start, min(start + per_line, len(x)))
+            bits = [bit.ljust(width) for bit in self.text(x[places])]
+            lines.append("bits  " + "".join(bits).rstrip())
             if answers:
                 lines.append("sums  " + "".join(answers[i] for i in places))
         return "\n".join(lines)

@@ -29,8 +29,8 @@ norm?) and in carry_loss (how to train a loop without unrolling all of it). Nota
     N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
     F(u)         a sub-layer, attention or MLP (in the code F is torch.nn.functional)
 
-A loop is one call of LoopedTransformer.step; a step, as in --steps, is one update of the weights,
-for which a puzzle gets a few loops. cfg is a Config (below): every field is an option of the
+A loop is one call of LoopedTransformer.step. A step, as in --steps, is one of the optimizer: a few
+more loops of each puzzle in the batch, then one update of the weights. cfg is a Config (below): every field is an option of the
 command line. The puzzles are in data.py. A Task there has a loss (cross-entropy of the tokens),
 predict (logits -> labels), scored (which tokens are asked for), augment and rename (a random
 symmetry).
@@ -101,8 +101,8 @@ def rotate(u, cos, sin):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, full or windowed. q and k are normalized, then rotated (RoPE), by
-    which scores depend on relative positions only. (Absolute ones enter with the input.)"""
+    """Multi-head self-attention, full or windowed. q and k are normalized, then rotated (RoPE), so
+    that scores depend on relative positions only. (Absolute ones enter with the input.)"""
 
     def __init__(self, width, heads, grid, window, rope_base):
         super().__init__()
@@ -500,6 +500,7 @@ class Config:
             raise UserError(f"--{field.name} {value}: unknown; choose one of "
                             + ", ".join(map(str, choices)))
         if field.type in (int, float):
+            # the bounds catch slips of the keyboard; 2^63 is that of torch's seeds
             if low is None and not 0 < value < 1e8:
                 raise UserError(f"--{field.name} {value}: must be more than 0 and below 1e8")
             if low is not None and not low <= value < 2 ** 63:
@@ -518,7 +519,7 @@ class Config:
 # -----------------------------------------------------------------------------
 # defaults of the tasks, and the authors' protocol
 
-# sudoku, and any task without a line of its own; its 30 loops a puzzle gets in 30 / 3 = 10 steps
+# sudoku, and any task without a line of its own; a puzzle gets its 30 loops in 10 optimizer steps
 BOARD = dict(n_train=20000, n_hard=256, window=0, loops=30, grad_loops=3, steps=8000, lr=4e-3,
              eval_loops=512, damping=0.25)
 DEFAULTS = {
@@ -619,13 +620,12 @@ def configure_optimizers(model, cfg):
     """
     vectors = [p for p in model.parameters() if p.dim() < 2]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    on_mps = vectors[0].device.type == "mps"
     if cfg.optimizer == "adamw":
         groups = [
             {"params": matrices, "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
             {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
         ]
-        return [torch.optim.AdamW(groups, fused=not on_mps)]
+        return [torch.optim.AdamW(groups, fused=True)]
     elif cfg.optimizer == "muon":
         # Muon is meant for maps from hidden to hidden channels, not for the two ends
         ends = {id(p) for p in (model.tok_emb.weight, model.pos_emb, model.head[-1].weight)}
@@ -637,7 +637,7 @@ def configure_optimizers(model, cfg):
             {"params": vectors, "weight_decay": 0.0, "lr_scale": 0.5},
         ]
         muon = Muon([{"params": hidden, "lr_scale": 1.0}], cfg.weight_decay)
-        return [torch.optim.AdamW(groups, fused=not on_mps), muon]
+        return [torch.optim.AdamW(groups, fused=True), muon]
     else:
         raise ValueError(f"optimizer {cfg.optimizer!r} has no branch in configure_optimizers")
 
@@ -846,8 +846,9 @@ def evaluate_and_halt(model, x, y, counts, progress=None, freeze_below=ROUNDING,
     """-> what evaluate() returns, and what solve() would say, in one pass over the loops.
 
     That is labels [N, L], loops used [N] and converged [N] of puzzles that stop when they have
-    converged, or else at the largest loop count. A puzzle that moves less than freeze_below is
-    looped no more: its residual2 is then 0.
+    converged (a residual below tol), or else at the largest loop count. A puzzle that moves less
+    than freeze_below is looped no more: its residual2 is then 0. progress(done, N) is called now
+    and then.
     """
     if min(counts) < 1:
         raise UserError(f"loop counts start at 1, not at {min(counts)}")
@@ -918,6 +919,7 @@ def report(cfg, model, sets):
         progress = data.progress(f"evaluating {level}")
         result[level], labels, used, converged = evaluate_and_halt(
             model, x, y, counts, progress, tol=cfg.tol)
+        # several tries, all of them damped, in place of the one above
         if cfg.tries > 1:
             generator = torch.Generator(x.device).manual_seed(cfg.seed)
             progress = data.progress(f"trying {level} again")
@@ -1071,9 +1073,10 @@ def load(path, device="cpu"):
 # -----------------------------------------------------------------------------
 # command line
 
-# what may change when a run is resumed
-MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "lr", "clip", "eval_loops", "eval_every",
-              "tol", "damping", "tries", "device", "dtype", "compile")
+# what may change when a run is resumed, and what only if its training goes on
+MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "eval_loops", "tol", "damping", "tries",
+              "device")
+OF_TRAINING = ("lr", "clip", "eval_every", "dtype", "compile")
 # and these belong to one call, not to the run
 OF_ONE_CALL = ("watch", "puzzle", "out", "resume", "preset")
 
@@ -1154,9 +1157,10 @@ def check_options(given, cfg):
         raise UserError("--watch needs a trained model: --resume RUN")
     if cfg.puzzle is not None and not cfg.watch:
         raise UserError("--puzzle is for --watch: add that")
-    for name in ("device", "out", "dtype", "compile", "tries", "n_test", "n_hard", "lr", "clip"):
-        if cfg.watch and name in given:
-            raise UserError(f"--{name} has no meaning for --watch: leave it out")
+    if cfg.watch:
+        for name in ("device", "out", "tries", "n_test", "n_hard"):
+            if name in given:
+                raise UserError(f"--{name} has no meaning for --watch: leave it out")
 
 
 def check_resume(given, cfg, checkpoint, old):
@@ -1165,6 +1169,8 @@ def check_resume(given, cfg, checkpoint, old):
     may_change = MAY_CHANGE + OF_ONE_CALL
     if cfg.watch or cfg.steps == step:
         may_change += ("files",)        # a finished run may be tested on other puzzles
+    else:
+        may_change += OF_TRAINING
     for name, value in given.items():
         made_with = getattr(old, name)
         if name not in may_change and getattr(cfg, name) != made_with:
@@ -1196,13 +1202,8 @@ def get_splits(cfg, device, train=True):
     """
     n_train = cfg.n_train if train else 0
     n_val = cfg.n_val if train else 0
-    task = cfg.make_task()
-    splits = data.splits(task, cfg.seed, n_train, n_val, cfg.n_test, cfg.n_hard, cfg.files)
-    for name, puzzles in splits.items():
-        tokens = puzzles.x.shape[1]
-        if len(task.grid) > 1 and tokens != math.prod(task.grid):
-            raise UserError(f"{task.name}: {tokens} tokens in {name}; only strings may be longer "
-                            f"than in training, a board has the {math.prod(task.grid)} of its grid")
+    splits = data.splits(cfg.make_task(), cfg.seed, n_train, n_val, cfg.n_test, cfg.n_hard,
+                         cfg.files)
     return {
         name: (torch.as_tensor(puzzles.x, dtype=torch.long, device=device),
                torch.as_tensor(puzzles.y, dtype=torch.long, device=device))

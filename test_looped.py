@@ -852,7 +852,7 @@ def test_watch_stops_where_the_state_rests_and_takes_a_hard_puzzle_if_none_is_gi
     assert "converged after 3 loops" in printed
 
     hard_x = sets_of(cfg)["hard"][0][0]
-    bits = "".join(map(str, hard_x[1:].tolist()))
+    bits = " ".join(map(str, hard_x[1:].tolist()))
     assert f"bits  {bits}" in printed
 
 
@@ -860,7 +860,7 @@ def test_watch_takes_the_puzzle_from_the_files_and_of_the_length_that_are_asked_
         tmp_path, monkeypatch, capsys):
     longer = tiny(hard_bits=30, eval_loops=1)
     looped.watch(longer, looped.LoopedTransformer(longer))
-    assert re.search(r"^bits  [01]{30}$", capsys.readouterr().out, re.M)
+    assert re.search(r"^bits  [01]( [01]){29}$", capsys.readouterr().out, re.M)
 
     cfg = tiny(task="chess", files=many_mates(tmp_path), eval_loops=1)
     asked = []
@@ -1555,6 +1555,10 @@ BAD = [
     ("--resume RUN --bits 13", "--bits"),
     ("--resume RUN --n_train 65", "--n_train"),
     ("--resume RUN --batch 9", "--batch"),
+    # a finished run is only evaluated, so options of training would be lies in its eval.json
+    ("--resume RUN --lr 0.5", "--lr"),
+    ("--resume RUN --compile on", "--compile"),
+    ("--resume RUN --watch --eval_every 3", "--eval_every"),
     ("--resume RUN --watch --puzzle 012", "2"),
     ("--resume RUN --preset paper", "--preset"),
     ("--resume RUN --steps 2", "--steps"),
@@ -2595,6 +2599,11 @@ def test_long_strings_are_shown_64_to_a_line():
     lines = BITS.show(x, y).split("\n")
     assert lines == ["bits  " + "1" * 64, "sums  " + "10" * 32, "bits  111111", "sums  101010"]
     assert BITS.show(x).split("\n") == lines[::2]
+
+    # with marks half as many, and each bit above its sum
+    lines = BITS.show(x, y, lambda i, text: text + "+").split("\n")
+    assert lines[:2] == ["bits  " + " ".join("1" * 32), "sums  " + "1+0+" * 16]
+    assert len(lines) == 6
 
 
 # cache and processes

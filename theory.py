@@ -15,7 +15,7 @@ letters   h or s state   e embedded input   L tokens   D width   K loops   l a l
           A or W_h acts on the state, w or W_e e is the recall; a gain multiplies W_e
           N(u) = sqrt(D) u / |u|, the outer norm     rho = spectral radius
           J = df/dh, and J* is J at the fixed point h*
-          v a random direction   mu an eigenvalue, or what N divides by
+          v a random direction   mu an eigenvalue   (R2, R4: v a right and p a left eigenvector)
           sigma_min the least singular value; sigma alone is said where it is used
 """
 import copy
@@ -172,7 +172,7 @@ def radius(J):
 
 
 def left_eigenvector(J):
-    """w of the dominant eigenvalue: w J = lambda w, so w v grows by |lambda| when v <- J v."""
+    """p of the dominant eigenvalue: p J = lambda p, so p v grows by |lambda| when v <- J v."""
     values, vectors = torch.linalg.eig(J.mT)
     return vectors[:, values.abs().argmax()]
 
@@ -346,7 +346,7 @@ def r1(seed, quick, judge=None):
             s = scalar_step(recall, x, y, s)
         arrived = (scalar_step(recall, x, y, s) - s).abs() < CONVERGED
 
-        # 0.99^3000 = 8e-14, so weights nearer than 0.01 to |a| = 1 are left out: some 2 %
+        # 0.99^3000 = 8e-14, so weights nearer than 0.01 to |a| = 1 are left out: about 1 %
         a, b = scalar_loop(judge or recall, x, y)
         clear = (a.abs() - 1).abs() > 0.01
         broken = ((a.abs() < 1) != arrived)[clear].sum()
@@ -365,23 +365,23 @@ def r1(seed, quick, judge=None):
             yield control("internal, by the external a: broken", missed, at_least=0.05 * n)
 
 
-def late_over_early(f):
-    """-> largest |h| of loops 101 to 800 over that of the first 100; the former for each input."""
-    size = states(f, range(1, 801)).norm(dim=-1)
-    late = size[100:].amax(0)
-    return (late / size[:100].amax(0)).max(), late
+def far_over_near(f):
+    """-> largest |h| after 800 loops from 1e6 h_0, over that from h_0 = e."""
+    near = states(f, (800,))[0].norm(dim=-1)
+    far = states(f, (800,), start=1e6 * f.start)[0].norm(dim=-1)
+    return (far / near).max()
 
 
 @claim("R2", "reachability")
 def r2(seed, quick, norms=("pre", "peri")):
     """Pre/peri + external recall: rho(W_h) decides. Below 1 no state grows without bound, above 1
-    those that start far out do.
+    almost all that start far out do.
 
     Derived here: sub-layers read N(u), so what the block adds is bounded, h' = W_h h + c with
     |c| <= C, and h_k is W_h^k h_0 plus the sum of all W_h^j c_(k-1-j). Below 1 |W_h^j| falls
     geometrically (though |W_h| may be above 1): every state ends in a ball (at rest or not). Above
-    1 a left eigenvector w of the dominant eigenvalue, w W_h = lambda w, makes one number of the
-    state, z = w h, with z' = lambda z + w c. From |z| > |w| C / (rho - 1) on it grows, at the rate
+    1 a left eigenvector p of the dominant eigenvalue, p W_h = lambda p, makes one number of the
+    state, z = p h, with z' = lambda z + p c. From |z| > |p| C / (rho - 1) on it grows, at the rate
     log rho(W_h) with an error of the order of C / |z| a loop.
     For smaller z nothing is proved: some states that start at h_0 = e stay bounded at rho = 1.05
     (seen), so "above 1 nothing is reached" would be too much to claim.
@@ -400,20 +400,11 @@ def r2(seed, quick, norms=("pre", "peri")):
         yield check(f"{norm}: f(h) - W_h h, change from 1e4 to 1e6 away", change,
                     equals=0, within=1e-2)
 
-        # below 1: linear growth would give 8, a state that stays 1; half of the way in the log, as
-        # one that leaves a fixed point for another may grow on the way
-        excess = []
-        from_far = []
-        for rho in (0.3, 0.58, 0.95):
-            f = untrained(seed, norm, "external", width, inputs=2, rho=rho)
-            growth, size = late_over_early(f)
-            excess.append(growth)
-            far = states(f, (800,), start=1e6 * f.start).norm(dim=-1)[0]
-            from_far.append((far / size).max())
-        yield check(f"{norm}: rho(W_h) <= 0.95: |h| up to loop 800 / up to 100", max(excess),
-                    at_most=math.sqrt(8))
-        # two starts may end in two places of different size, but none keeps a part of 1e6
-        yield check(f"{norm}: ... |h| from 1e6 away / from h_0 = e", max(from_far), at_most=10)
+        # below 1: two starts may end in two places of different size, but none keeps a part of 1e6
+        ratios = [far_over_near(untrained(seed, norm, "external", width, inputs=2, rho=rho))
+                  for rho in (0.3, 0.58, 0.95)]
+        yield check(f"{norm}: rho(W_h) <= 0.95: |h| from 1e6 away / from h_0 = e", max(ratios),
+                    at_most=10)
 
         # above 1, from far out: C / |z| is below 1e-3 from the start and falls
         off = []
@@ -427,10 +418,10 @@ def r2(seed, quick, norms=("pre", "peri")):
         yield check(f"{norm}: rho(W_h) >= 1.05, far out: |growth - log rho(W_h)|", max(off),
                     equals=0, within=1e-8)
 
-    # the same W_h inside the sub-layers decides nothing: |h| grows, but only linearly (R3)
+    # the same W_h inside the sub-layers decides nothing: |h| stays large, or grows linearly (R3)
     f = untrained(seed, "pre", "internal", width, inputs=2, rho=0.58)
-    yield control("pre + internal, rho(W_h) = 0.58: |h| up to loop 800 / up to 100",
-                  late_over_early(f)[0], at_least=math.sqrt(8))
+    yield control("pre + internal, rho(W_h) = 0.58: |h| from 1e6 away / from e", far_over_near(f),
+                  at_least=100)
     f = untrained(seed, "pre", "internal", width, inputs=2, rho=1.5)
     size = states(f, (K, 2 * K)).norm(dim=-1)
     rate = (size[1] / size[0]).log().max() / K
@@ -488,12 +479,13 @@ def r3(seed, quick, norms=("pre", "peri")):
 
 @claim("R4", "reachability")
 def r4(seed, quick, recall_scale=0.0):
-    """Outer norm without recall is power iteration, s' = N(A s).
+    """A linear loop under outer norm, without recall, is power iteration: s' = N(A s).
 
     Derived here: s = N(A s) means A s = mu s with mu > 0, so fixed points are eigenvectors of
     positive eigenvalues, each in two signs; for almost all A and s_0, s_k = N(A^k s_0) reaches one
     iff the dominant eigenvalue is real and positive. The limit then holds one bit about the input:
-    on which side of a plane it lies, the sign of w e, w being the left eigenvector (with w v > 0).
+    on which side of a plane it lies, the sign of p e. (v is the right and p the left eigenvector of
+    the dominant eigenvalue, with p v > 0.)
     """
     matrices = 30 if quick else 200
     inputs = 8
@@ -508,7 +500,7 @@ def r4(seed, quick, recall_scale=0.0):
     top = values.gather(1, order[:, :1])[:, 0]
     pick = torch.arange(matrices), order[:, 0]
     v = vectors.mT[pick].real
-    w = torch.linalg.inv(vectors)[pick].real    # rows of the inverse: left eigenvectors, w v = 1
+    p = torch.linalg.inv(vectors)[pick].real    # rows of the inverse: left eigenvectors, p v = 1
     real = top.imag.abs() < 1e-12
     rival = torch.where(real, size[:, 1], size[:, 2])
     clear = rival / size[:, 0] < 0.98           # 0.98^2000 = 3e-18
@@ -521,14 +513,14 @@ def r4(seed, quick, recall_scale=0.0):
     arrived = motion < CONVERGED
     decided = (arrived == wins[:, None])[clear].double().mean()
 
-    # where it wins, the limit is the eigenvector with the sign of w e
+    # where it wins, the limit is the eigenvector with the sign of p e
     judged = clear & wins
     s = s[judged]
-    bit = (e @ w.unsqueeze(-1))[judged].sign()
+    bit = (e @ p.unsqueeze(-1))[judged].sign()
     off = (s - bit * N(v)[judged].unsqueeze(1)).abs().max()
     yield check("share of A judged", clear.double().mean(), at_least=0.6)
     yield check("of those, inputs for which 'dominant eigenvalue > 0' decides", decided, equals=1)
-    yield check("limit - sign(w e) N(v)", off, equals=0, within=1e-9)
+    yield check("limit - sign(p e) N(v)", off, equals=0, within=1e-9)
     yield check(f"distinct limits of {inputs} inputs", max(map(distinct, s)), at_most=2)
 
     # recall strong enough for a contraction (R5)
@@ -547,8 +539,8 @@ def r5(seed, quick, norm="outer", recall_scale=1.0, shift=0.0):
     |u| >= sqrt(D) |A|_2 (r - 1) on the ball, so Lip(f) <= 1 / (r - 1): above r = 2 a contraction
     with one fixed point, reached from everywhere. An orthogonal A attains the bound, at the s that
     A turns against w. Below 2 neither r nor rho(A) decides: I and -I share them, but with -I, which
-    turns every state against itself, nothing is reached just below 2, and with I all. (Above 2
-    rho(A) means nothing: (A, w) -> (c A, c w) leaves f as it is.)
+    turns every state against itself, nothing is reached just below 2, and with I all. (rho(A) by
+    itself means nothing: (A, w) -> (c A, c w) leaves f as it is.)
     """
     matrices = 8 if quick else 30
     inputs = 16
@@ -576,14 +568,6 @@ def r5(seed, quick, norm="outer", recall_scale=1.0, shift=0.0):
         yield check(f"r = {r}: share reached", (motion < CONVERGED).double().mean(), equals=1)
         yield check(f"r = {r}: another start moves the limit by", apart, equals=0, within=1e-9)
 
-        # Lipschitz quotients of far pairs, and of near ones round the limit
-        quotients = []
-        for a, b in ((start, other), (limit, N(limit + 1e-3 * other))):
-            quotient = (f(a) - f(b)).norm(dim=-1) / (a - b).norm(dim=-1)
-            quotients.append(quotient.max())
-        yield check(f"r = {r}: Lipschitz quotients, bound 1 / (r - 1)", max(quotients),
-                    at_most=bound)
-
         # an orthogonal A, at the s that it turns against w: the bound is attained
         J = jacobian(loop(r, Q, one_input), -one_input @ Q)[0]
         yield check(f"r = {r}, orthogonal A: |J|_2 at its worst / bound",
@@ -595,7 +579,7 @@ def r5(seed, quick, norm="outer", recall_scale=1.0, shift=0.0):
     yield check("A = -I, r = 1.98: share reached", share_reached(loop(1.98, -one)), equals=0)
     yield check("A = I, r = 1.98: share reached", share_reached(loop(1.98, one)), equals=1)
 
-    yield control("r = 4 without recall, share reached", share_reached(loop(0)), at_most=0.9)
+    yield control("without recall (r = 0), share reached", share_reached(loop(0)), at_most=0.9)
     yield control("r = 4 without norm, A = 3 I, share reached",
                   share_reached(loop(4, 3 * one, norm="pre")), equals=0)
 
@@ -605,9 +589,8 @@ def r7(seed, quick, norm="outer", loops=1000):
     """Near a fixed point that attracts, the distance to it dies like rho(J*)^k.
 
     Derived here: h_k+1 - h* = J* (h_k - h*) + O(|h_k - h*|^2). So it takes about
-    log(1 / tol) / -log rho(J*) loops to come within tol: so long a puzzle loops until it stops by
-    itself. (With a complex dominant eigenvalue the distance swings round this law, which is why the
-    rows ask for a tenth only.)
+    log(1 / tol) / -log rho(J*) loops, once near, to come within tol. (With a complex dominant
+    eigenvalue the distance swings round this law, which is why the rows ask for a tenth only.)
     """
     models = 4 if quick else 12
     width = SMALL if quick else LARGE
@@ -666,15 +649,15 @@ def isolation(seed, starts, zeroed):
 
 @claim("I1", "input-dependence")
 def i1(seed, quick, zeroed=False, starts=None):
-    """Fixed points are isolated, so countable.
+    """Without recall fixed points are isolated, so countable.
 
-    Paper's abstract: countable without recall. Derived here, for s' = C(s) + b with C smooth: if
+    Paper's abstract. Derived here, for s' = C(s) + b with C smooth: if
     det(I - J) != 0 at a fixed point, no other lies close to it (inverse function theorem). For
     almost every b that is so at all of them (Sard), and isolated points of R^n are countable.
 
-    The biases of the block are shared by all tokens, too few for that proof. So its isolation is
-    measured: sigma_min(I - J) > 0 at all fixed points that Newton's method finds. Control: a zeroed
-    block, of which all states are fixed points.
+    The block ends in a norm, so it is not of that form. So its isolation is measured:
+    sigma_min(I - J) > 0 at all fixed points that Newton's method finds. Control: a zeroed block, of
+    which all states are fixed points.
     """
     starts = starts or (60 if quick else 200)
     blocks = 3 if quick else 8
@@ -758,24 +741,25 @@ def i2(seed, quick, recall_scale=0.0):
 
     Paper's abstract. "Strong" is read as: the limit varies continuously with the input. Why not
     (derived here): without recall f does not contain e, so all inputs share one set of fixed
-    points. If it is countable, a limit that varied continuously along a path of inputs could pass
-    through none of the values between two of them, so it is constant, or it jumps. (Tokens are
-    discrete; the paths run between their embeddings.) How many limits there are is not claimed.
+    points. Along a path of inputs a continuous limit would run through a connected set, and one of
+    more than a point is uncountable. So if the fixed points are countable, the limit is constant,
+    or it jumps. (Tokens are discrete; the paths run between their embeddings.) How many limits
+    there are is not claimed.
 
     Linear loops, whose dominant eigenvalue lambda is positive, negative or complex:
       |lambda| < 1    all inputs end in one limit
       |lambda| >= 1   none converges, but for
       lambda = 1      of e one number is kept, its part along the dominant eigenvector; but then
                       the fixed points are a whole line (the control), and 1 +- 1e-4 undoes it
-    tanh networks, symmetric or not, along a path of inputs: the limit jumps, mostly once, and four
-    times as many inputs on the path do not make it jump more often.
+    tanh networks, symmetric or not, along a path of inputs: the limit jumps, once or a few times,
+    and four times as many inputs on the path do not make it jump more often.
     """
-    yield from linear_loops(seed, recall_scale)
+    yield from linear_loops(seed)
     yield from tanh_loops(seed, quick, recall_scale)
 
 
-def linear_loops(seed, recall_scale):
-    """I2 for s' = A s (+ e): rows."""
+def linear_loops(seed):
+    """I2 for s' = A s: rows."""
     inputs = 64
     draw = rng(seed)
     e = draw(inputs, 16)
@@ -789,7 +773,7 @@ def linear_loops(seed, recall_scale):
             # many loops at once, and whether one more still moves the state; what a rho below 1
             # leaves of e is e^-60 = 9e-27 times the condition of A's eigenvectors, up to 1e6 or so
             loops = 600 if rho == 1 else 300 + math.ceil(60 / abs(math.log(rho)))
-            h = e @ torch.linalg.matrix_power(A.T, loops) + recall_scale * e
+            h = e @ torch.linalg.matrix_power(A.T, loops)
             still = moved(h @ A.T, h) < CONVERGED
             arrived[rho] = still.double().mean()
             limits[rho] = distinct(h[still])
@@ -837,11 +821,11 @@ def tanh_loops(seed, quick, recall_scale):
 
 @claim("I3", "input-dependence")
 def i3(seed, quick, norm="outer", recall="none"):
-    """The real block without recall forgets: it ends in few states, whatever the input.
+    """Where the real block without recall converges, it forgets: few limits, whatever the input.
 
-    Seen on random weights under outer norm (under pre norm nothing is reached, R3), in some models
-    with all tokens equal, which then stay equal, since attention weights sum to 1. How fast the
-    memory of h_0 = e dies says R7. With recall it is kept.
+    Seen on random weights under outer norm (under pre norm nothing is reached, R3). Some models
+    converge for no input. In most of the others all tokens end equal: they then stay equal, since
+    attention weights sum to 1. With recall each input has a limit of its own.
     """
     width = SMALL if quick else LARGE
     models = 8
@@ -866,10 +850,9 @@ def i3(seed, quick, norm="outer", recall="none"):
     yield check("models whose tokens all end equal", sum(s < 1e-6 for s in spreads), at_least=1)
 
     f = untrained(seed, "outer", "internal", width, gain=STRONG)
-    h, d = sensitivity(f, (100, 200), seed)
-    kept = (d[1].norm(dim=-1) / d[0].norm(dim=-1)).min()
-    yield control("internal recall, distinct limits of 8", distinct(h[-1]), equals=8)
-    yield control("internal recall, |dh_k/de|, k = 200 / k = 100", kept, equals=1, within=1e-2)
+    h, motion = iterate(f, f.start, 800)
+    yield control("internal recall, distinct limits of 8", distinct(h[motion < CONVERGED]),
+                  equals=8)
 
 
 def derivative_by_input(f, h):
@@ -884,7 +867,7 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
     Paper's abstract: recall + outer norm makes fixed points locally smooth in the input. Derived
     here: the implicit function theorem, wherever I - J is invertible; the limit follows the fixed
     point if rho(J*) < 1. The outer norm fixes the length of each token, so L singular values are of
-    the size of its eps (G1); that no others are so small is seen on random weights.
+    the order of its eps or less (G1); that no others are so small is seen on random weights.
     """
     width = SMALL if quick else LARGE
     n = TOKENS * width
@@ -932,8 +915,9 @@ def g1(seed, quick, norm="outer", eps=1e-6):
     """RMSNorm: DN(u) = diag(g) (I - u u^T / (D sigma^2)) / sigma, sigma^2 = |u|^2 / D + eps.
 
     Derived here: it forgets the length. Without g, which the rows divide out, the radial singular
-    value is eps / sigma^3, and the others are 1 / sigma. So the outer-norm loop of L tokens has L
-    singular values near 0 in J.
+    value is eps / sigma^3, and the others are 1 / sigma. In the loop J is a product with two such
+    norms, whose radial directions differ: L of its singular values are then near 0 for L tokens,
+    not 2 L, and of the order of eps^2 (seen).
     """
     D = 64
     u, weight = rng(seed)(2, 1, D)
@@ -952,7 +936,8 @@ def g1(seed, quick, norm="outer", eps=1e-6):
     off = (values[:-1] * sigma - 1).abs().max()
     yield check("|other singular values times sigma - 1|, largest", off, equals=0, within=1e-12)
 
-    # in the loop: one radial direction for each token; eps / sigma^3 is at most 1e-6 if sigma >= 1
+    # in the loop: one radial direction for each token; 1e-6 lies far from both, eps^2 = 1e-12 and
+    # the next values
     def near_zero(kind):
         f = untrained(seed, kind, "external", SMALL, inputs=1)
         h, _ = iterate(f, f.start, 100)
@@ -994,17 +979,17 @@ def gradient_sweep(norm, seed, widths, recalls=("internal", "external")):
 
 @claim("G2", "geometry")
 def g2(seed, quick, norm="outer"):
-    """Gradients through K loops stay bounded with recall + outer norm; without it only by luck.
+    """Gradients through K loops stay bounded with strong recall + outer norm, since it converges.
 
     Paper's abstract: stable backpropagation. Derived here: at a fixed point dl/dW of K loops is
     (df/dW)^T (1 + J^T + ... + (J^T)^(K-1)) dl/dh, a geometric series, with the sum (1 - J^T)^-1;
     and dl/dh_0 dies at the rate rho(J*). So under any norm gradients are bounded where the loop
     converges to rho(J*) < 1. What outer norm adds is that loops converge. Without it external
-    recall multiplies dl/dh_0 by rho(W_h) a loop, and internal recall drifts (R3) and keeps all
-    terms of dl/dW, so that it grows like K (seen). So one sweep tells them apart: recall gains,
-    widths, and rho(W_h) below and above 1; gains from 4, or from 16 where rho(W_h) = 2, since
-    weaker recall may not converge (claim axes). Gradients of outer-norm loops are judged from the
-    loop on at which they have converged.
+    recall multiplies dl/dh_0 by rho(W_h) a loop, so it has to be below 1, and internal recall
+    drifts (R3) and keeps all terms of dl/dW, so that it grows like K (seen). The sweep is over
+    recall gains, widths, and rho(W_h) below and above 1; gains from 4, or from 16 where
+    rho(W_h) = 2, since weaker recall may not converge (claim axes). Gradients of outer-norm loops
+    are judged from the loop on at which they have converged.
     """
     width = SMALL if quick else LARGE
     K = 60 if quick else 100
@@ -1032,49 +1017,55 @@ def g2(seed, quick, norm="outer"):
                 max(power[converged], default=math.nan), at_most=0.01)
     yield check("... of those: largest |dl/dh_0|, 2 K loops / K",
                 max(growth[converged], default=math.nan), at_most=1)
-    power, growth, converged = gradient_sweep("pre", seed, widths)
+    power, growth, _ = gradient_sweep("pre", seed, widths)
     power = power[:len(power) // 2]                     # internal recall
     worst = power[(power - 1).abs().argmax()]
-    yield control(f"pre, {cells}: share that converges", converged.double().mean(), at_most=0.4)
-    yield control("pre, internal of those: power of K in |dl/dW|", worst, equals=1, within=0.25)
-    yield control("pre: largest |dl/dh_0|, 2 K loops / K", growth.max(), at_least=2 ** 30)
+    yield control(f"pre, internal of {cells}: power of K in |dl/dW|", worst, equals=1, within=0.25)
+    yield control(f"pre, {cells}: largest |dl/dh_0|, 2 K loops / K", growth.max(),
+                  at_least=2 ** 30)
 
 
 @claim("G3", "geometry")
 def g3(seed, quick, norm="outer", loops=1000):
-    """Stronger recall smooths: under outer norm rho(J*) falls, in the end like a power of |W_e|.
+    """Stronger recall contracts more: under outer norm rho(J*) falls, in the end like a power of
+    |W_e|.
 
     Derived here: each norm divides what comes from h by the size of its input, which grows with
     W_e e where recall comes in: at one sub-layer a loop in external recall (power -1), at both in
     internal (-2). That is the law at gains of hundreds. Where models live, at 1 to 4, internal
     recall gains little: rho(J*) falls by a tenth, say from 0.9 to 0.8 (seen, not proved). Under pre
-    norm W_h h stays, and rho(J*) falls to rho(W_h) only: the control.
+    norm W_h h stays, so that rho(J*) tends to rho(W_h), with power 0: the control.
     """
     width = SMALL if quick else LARGE
 
-    def mean_rho(f):
-        h, motion = iterate(f, f.start, loops)
-        return radius(jacobian(f, h))[motion < CONVERGED].mean()
+    def mean_rho(norm, recall, gain):
+        """-> rho(J*), the mean over three models and their inputs that converge."""
+        found = []
+        for i in range(3):
+            f = untrained(10 * seed + i, norm, recall, width, inputs=2, gain=gain)
+            h, motion = iterate(f, f.start, loops)
+            found.append(radius(jacobian(f, h))[motion < CONVERGED].mean())
+        return torch.stack(found).nanmean()
+
+    def power_of_gain(rho):
+        return (rho[1024] / rho[256]).log() / math.log(4)
 
     for recall, power in (("internal", -2), ("external", -1)):
-        # the mean over models, from weak recall to far beyond what is trained
-        rho = {}
-        for gain in (1, 4, 16, 256, 1024):
-            models = [untrained(10 * seed + i, norm, recall, width, inputs=2, gain=float(gain))
-                      for i in range(3)]
-            rho[gain] = torch.stack([mean_rho(f) for f in models]).nanmean()
+        # from weak recall to far beyond what is trained
+        rho = {gain: mean_rho(norm, recall, gain) for gain in (1, 4, 16, 256, 1024)}
         note = ", ".join(f"{gain}: {float(r):.2g}" for gain, r in rho.items())
-        yield check(f"{norm} + {recall}: rho(J*) at gain 16 / at gain 4", rho[16] / rho[4],
-                    at_most=0.8, note=note)
-        yield check(f"{norm} + {recall}: power of gain in rho(J*), 256 to 1024",
-                    (rho[1024] / rho[256]).log() / math.log(4), equals=power, within=0.1)
+        name = f"{norm} + {recall}"
+        yield check(f"{name}: rho(J*) at gain 16 / at gain 4", rho[16] / rho[4], at_most=0.8,
+                    note=note)
+        yield check(f"{name}: power of gain in rho(J*), 256 to 1024", power_of_gain(rho),
+                    equals=power, within=0.1)
         if recall == "internal":
-            yield check(f"{norm} + {recall}: rho(J*) at gain 4 / at gain 1", rho[4] / rho[1],
-                        equals=0.9, within=0.15)
+            yield check(f"{name}: rho(J*) at gain 4 / at gain 1", rho[4] / rho[1], equals=0.9,
+                        within=0.1)
 
-    f = untrained(seed, "pre", "external", width, inputs=2, gain=1024.0)
-    yield control("pre + external: rho(J*) / rho(W_h) at gain 1024",
-                  mean_rho(f) / radius(f.model.W_h.weight), equals=1, within=0.01)
+    rho = {gain: mean_rho("pre", "external", gain) for gain in (256, 1024)}
+    yield control("pre + external: power of gain in rho(J*), 256 to 1024", power_of_gain(rho),
+                  equals=0, within=0.1)
 
 
 def reached(a, b, norm, seed):
@@ -1093,10 +1084,10 @@ def settles(a, b, norm):
 
 @claim("G5", "geometry")
 def g5(seed, quick, norm="outer"):
-    """With outer norm internal recall is reached no less often than external; without norm it is.
+    """In the toy of R1 with outer norm internal recall is reached no less often than external.
 
-    Paper's abstract: internal recall becomes competitive once outer norm is applied. Derived here
-    for the toy of R1 with outer norm, s' = N(a s + b e):
+    Paper's abstract: internal recall becomes competitive once outer norm is applied. Without norm
+    it is reached less often (counted, not proved): the control. Derived here, s' = N(a s + b e):
 
       1. It moves in the plane of s and e. Its angle to sign(b) e shrinks in each loop if a > 0, and
          changes sign if a < 0. So it comes to rest from almost everywhere iff a > 0 or
@@ -1147,12 +1138,16 @@ def g5(seed, quick, norm="outer"):
 
 @claim("G6", "geometry")
 def g6(seed, quick, norm="outer"):
-    """Truncated backpropagation is right near a fixed point: what it leaves out falls like rho^k.
+    """Near a fixed point truncated backpropagation leaves out a part that falls like rho^k.
 
-    This is why carry_loss need not unroll all loops. Derived here: at h* the gradient through the
-    last k loops is the first k terms of the geometric series of G2. The rest is (J*^T)^k times the
-    whole sum, so that it dies at the rate log rho(J*) a loop. Without a fixed point there is no
-    such rate: under pre norm with internal recall the last 10 of 60 loops give less than half.
+    Derived here: at h* the gradient through the last k loops is the first k terms of the geometric
+    series of G2. The rest is (J*^T)^k times the whole sum, so that it dies at the rate log rho(J*)
+    a loop. Without a fixed point there is no such rate: under pre norm with internal recall the
+    last 10 of 60 loops give less than half.
+
+    With two or three loops, as in carry_loss, what is left out is not small: it is in the note, a
+    tenth to a fifth here, and more where recall is weaker. That carry_loss trains well in spite of
+    it is not explained by this.
     """
     width = SMALL if quick else LARGE
     f = untrained(seed, norm, "internal", width, inputs=1, gain=STRONG)
@@ -1160,14 +1155,18 @@ def g6(seed, quick, norm="outer"):
     J = jacobian(f, h)[0]
     loss = random_loss(f, seed)
     missing = {}
-    for k in (5, 10, 20, 30):
+    for k in (2, 3, 5, 10, 15, 20, 25, 30):
         truncated = gradients(f, k, loss, start=h)
         whole = implicit_gradient(f, h, J, truncated.last)
         missing[k] = (truncated.weights - whole).norm() / whole.norm()
-    rate = (missing[30] / missing[10]).log() / 20
     note = ", ".join(f"{k}: {float(part):.1e}" for k, part in missing.items())
-    yield check(f"{norm} + internal: missing of dl/dW, 30 loops", missing[30], at_most=0.01,
-                note=note)      # a hundredth: what no training would notice
+    yield check(f"{norm} + internal: missing of dl/dW, 10 loops", missing[10], at_most=0.5,
+                note=note)
+
+    # least squares over many k: a complex dominant eigenvalue makes it swing. (From 5 on the
+    # slower terms are gone; missing[30] is still far from rounding.)
+    late = [k for k in missing if k >= 5]
+    rate = slope(late, torch.stack([missing[k] for k in late]).log())
     yield check(f"{norm} + internal: its rate / log rho(J*)", rate / radius(J).log(), equals=1,
                 within=0.2)
 
@@ -1175,7 +1174,7 @@ def g6(seed, quick, norm="outer"):
     h, _ = iterate(f, f.start, 500)
     few = gradients(f, 10, loss, start=states(f, (50,), start=h)[0]).weights
     all_of_them = gradients(f, 60, loss, start=h).weights
-    yield control("pre + internal: missing of dl/dW, 10 of 60 loops",
+    yield control("pre + internal: missing of dl/dW, last 10 of 60 loops",
                   (few - all_of_them).norm() / all_of_them.norm(), at_least=0.5)
 
 
@@ -1206,13 +1205,14 @@ def axes_of(f, seed, loops):
 
 @claim("axes", "all three axes")
 def axes(seed, quick, swap=None, blocks=None):
-    """The untrained block: how often a cell of 4 norms x 3 recalls has all three axes.
+    """The untrained block: how often a norm with a recall has all three axes.
 
     Paper's abstract: never without recall, reliably so with recall + outer norm. Seen on random
     weights of width 32, not proved: pre and peri drift (R3) or hang on rho(W_h) (R2), outer norm
     without recall forgets (I3). "Reliably" is a matter of recall strength (R5): the shares at gain
-    1, 2, 4, 8 and 16 are in the table with 95 % intervals. At gain 1 neither recall is reliable:
-    external recall there is a control, and of internal it is claimed that stronger is no worse.
+    1, 2, 4, 8 and 16 (--quick: 1 and 16) are in the table with 95 % intervals. At gain 1 neither
+    recall is reliable: external recall there is a control, and of internal it is claimed, weakly,
+    that stronger is no worse.
     """
     blocks = blocks or (6 if quick else 16)
     loops = 500 if quick else 1000
@@ -1258,8 +1258,9 @@ def axes(seed, quick, swap=None, blocks=None):
         for gain in gains:
             name, strong[gain], note = share("outer", recall, gain)
             yield check(name, strong[gain], at_least=least[gain], note=note)
-        yield check(f"outer + {recall}: share at gain 16 - at gain 1", strong[16.0] - weak,
-                    at_least=0, note=f"at gain 1: {weak_note}")
+        if recall == "internal":
+            yield check(f"outer + {recall}: share at gain 16 - at gain 1", strong[16.0] - weak,
+                        at_least=0, note=f"at gain 1: {weak_note}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1327,21 +1328,22 @@ def reachability(f, h, motion):
 
 
 def spectrum(model, x):
-    """rho(J*) of three inputs; strings are cut to L D <= 1,024, where J is quick.
+    """rho(J) of three inputs after 500 loops, at rest (then it is rho(J*)) or not.
 
-    (So the first tokens of a string have to be a puzzle.) Of larger states it is an estimate.
+    Strings are cut to L D <= 1,024, where J is quick, so the first tokens of a string have to be a
+    puzzle. Of larger states it is an estimate.
     """
     if len(model.task.grid) == 1:
         x = x[:, :max(1, 1024 // model.cfg.width)]
     f = Loop(model, model.embed(x[:3]))
-    limits, _ = iterate(f, f.start, 500)
+    h, _ = iterate(f, f.start, 500)
     record = {"rho_size": f.start.shape[1]}
     if record["rho_size"] <= 2048:
-        one_each = [jacobian(f.on(f.e[i]), limits[i:i + 1])[0] for i in range(len(limits))]
+        one_each = [jacobian(f.on(f.e[i]), h[i:i + 1])[0] for i in range(len(h))]
         record["rho"] = [radius(J) for J in one_each]
     else:
-        record["rho"] = estimated_radius(f, limits)
-    if isinstance(getattr(model, "W_h", None), nn.Linear):
+        record["rho"] = estimated_radius(f, h)
+    if model.cfg.recall != "none":
         record["rho_W_h"] = radius(model.W_h.weight)
     return record
 
@@ -1436,7 +1438,7 @@ def claims_table(names, seed, quick):
             table.append(row)
 
     failed = sorted({row.claim for row in table if not row.passed})
-    verdict = f"FAILED {', '.join(failed)}" if failed else "all hold"
+    verdict = f"FAILED {', '.join(failed)}" if failed else "all rows pass"
     print(f"\n{len(names)} claims, {len(table)} rows, seed {seed}: {verdict}")
     rows = [row._asdict() for row in table]
     return {"seed": seed, "quick": quick, "rows": rows}, int(bool(failed))

@@ -223,8 +223,8 @@ def front_table(raw, *patterns):
     Minutes are those of the seed that other work on the machine disturbed least.
     """
     head = [
-        "task, seeds", "trained on", "solved", "tested on", "solved with the loops of training",
-        "solved with more loops", "minutes",
+        "task, seeds", "trained on (easy)", "easy solved", "tested on (hard)",
+        "hard solved, loops as in training", "hard solved, more loops", "minutes",
     ]
     rows = []
     for runs in find_groups(raw, patterns).values():
