@@ -30,10 +30,10 @@ norm?) and in carry_loss (how to train a loop without unrolling all of it). Nota
     F(u)         a sub-layer, attention or MLP (in the code F is torch.nn.functional)
 
 A loop is one call of LoopedTransformer.step. A step, as in --steps, is one of the optimizer: a few
-more loops of each puzzle in the batch, then one update of the weights. cfg is a Config (below): every field is an option of the
-command line. The puzzles are in data.py. A Task there has a loss (cross-entropy of the tokens),
-predict (logits -> labels), scored (which tokens are asked for), augment and rename (a random
-symmetry).
+more loops of each puzzle in the batch, then one update of the weights. cfg is a Config (below):
+every field is an option of the command line. The puzzles are in data.py. A Task there has a loss
+(cross-entropy of the tokens), predict (logits -> labels), scored (which tokens are asked for),
+augment and rename (a random symmetry).
 
 Not in the paper: carry_loss() with its rest term, Muon, damping and tries in solve(), a start token
 before strings (added by data.py), an embedding for each cell of a board (--positions absolute).
@@ -206,9 +206,6 @@ class LoopedTransformer(nn.Module):
             self.pos_emb = nn.Parameter(0.5 * cfg.embed_rms * torch.randn(cells, D))
 
         # one pair of maps for the whole model
-        if cfg.recall not in ("none", "external", "internal"):
-            raise ValueError(f"recall {cfg.recall!r}: add its name here, and a branch to "
-                             "LoopedTransformer.step")
         if cfg.recall != "none":
             self.W_h = nn.Linear(D, D)
             self.W_e = nn.Linear(D, D)
@@ -249,6 +246,8 @@ class LoopedTransformer(nn.Module):
             # external recall: the residual stream itself is mixed with the input
             if recall == "external":
                 h = (self.W_h(h) + r).to(h.dtype)       # h <- W_h h + W_e e
+            elif recall not in ("none", "internal"):
+                raise ValueError(f"recall {recall!r} has no branch in LoopedTransformer.step")
 
             for sublayer in (block.attn, block.mlp):
 
@@ -312,7 +311,9 @@ def carry_loss(model, batch, carry):
     Why old states will do: near a fixed point that attracts, where the spectral radius (the largest
     |eigenvalue|) of dh_{t+1}/dh_t is below 1, the state forgets its path. So a state of slightly
     older weights is as good a start as a new one, and the gradient terms that are cut off shrink
-    geometrically. (Without recall the answer has to depend on the path, and this does not hold.)
+    geometrically. (Without recall the answer has to depend on the path, and this does not hold. And
+    where states are seldom at rest, as on 9x9 boards, the terms are large: hence more grad_loops
+    there. theory.py --ckpt measures them.)
 
     The task's loss alone does not bring a state to rest: it may go round for ever among states that
     all give the right answer. So cfg.rest adds the motion of the last loop to the loss.
@@ -532,6 +533,7 @@ DEFAULTS = {
 SIDE_DEFAULTS = {
     4: dict(loops=16, steps=800, eval_loops=64),
     6: dict(steps=4000, eval_loops=128),
+    9: dict(grad_loops=6, steps=4000),
 }
 
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",

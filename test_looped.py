@@ -3169,6 +3169,33 @@ def test_measurements_of_a_run(tiny_run, tmp_path, capsys):
     assert found["line_least_change"] > 1e-6
     assert max(found["rho"]) < 1 and len(found["rho"]) == 3
     assert 0 < found["norm_ratio"] < 2
+    assert found["left_out_3_6_10"] == [0, 0, 0]                    # the run has two loops
+
+
+def test_what_truncated_backpropagation_leaves_out():
+    f = theory.untrained(3, "outer", "internal", 32, inputs=2)
+    losses = [theory.random_loss(f.on(f.e[i:i + 1]), i) for i in range(2)]
+    found = theory.left_out(f, losses, loops=5)
+
+    # plainly: the state is detached before the last three of five loops
+    weights = list(f.model.requires_grad_(True).parameters())
+    shares = []
+    for i, loss in enumerate(losses):
+        e = f.e[i:i + 1]
+        gradients = []
+        for detached_at in (0, 2):
+            h = e
+            for t in range(5):
+                if t == detached_at:
+                    h = h.detach()
+                h = f.model.step(h, f.model.recall(e))
+            dW = torch.autograd.grad(loss(h), weights, allow_unused=True)
+            gradients.append(torch.cat([g.flatten() for g in dW if g is not None]))
+        whole, last = gradients
+        shares.append((last - whole).norm() / whole.norm())
+    assert min(shares) > 0.01
+    assert torch.allclose(found[0], min(shares), rtol=1e-9)         # of two, the lower is taken
+    assert found[1:].tolist() == [0, 0]                             # all of the loops
 
 
 def test_residuals_over_one_and_two_loops_of_a_run_that_flips(tiny_run, monkeypatch):

@@ -673,13 +673,39 @@ def damping_table(raw, file, boards="256"):
     )
 
 
+def left_out_table(raw, file):
+    """theory.py's measurement of truncated backpropagation: the median share that is missing."""
+    rows = []
+    for record in read_json(raw / file):
+        shares = [f"{share:.2f}" for share in record["left_out_3_6_10"]]
+        rows.append([record["run"], *shares])
+    return markdown(["run", "last 3 loops", "last 6", "last 10"], rows)
+
+
+def tries_table(raw, file):
+    """Another chance for boards that do not converge, see tries/compare.py."""
+    records = [json.loads(line) for line in (raw / file).read_text().splitlines()]
+    marks = list(records[0]["curve"])
+    rows = []
+    for r in records:
+        rows.append(
+            [
+                r["kind"], r["sigma"] or "", r["per_try"], r["damping"],
+                f"{r['converged']} of {r['boards']}", r["sure"], r["right"], f"{r['loops']:.0f}",
+                *(r["curve"][t] for t in marks),
+            ]
+        )
+    head = ["chance", "noise", "loops each", "damping", "converge", "right of those", "right"]
+    return markdown([*head, "loops, mean", *(f"after {t}" for t in marks)], rows)
+
+
 TABLES = {
     "runs": runs_table, "front": front_table, "loops": loops_table, "seeds": seeds_table,
     "halting": halting_table, "learnt": learnt_table, "rates": rates_table,
     "grid": grid_table, "pairs": pairs_table, "trained": trained_table,
     "rank": rank_table, "limits": limits_table, "count": count_table, "followed": followed_table,
     "legal": legal_table, "overlap": overlap_table, "theory": theory_table,
-    "damping": damping_table,
+    "damping": damping_table, "left_out": left_out_table, "tries": tries_table,
 }
 
 
