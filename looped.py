@@ -312,8 +312,8 @@ def carry_loss(model, batch, carry):
     |eigenvalue|) of dh_{t+1}/dh_t is below 1, the state forgets its path. So a state of slightly
     older weights is as good a start as a new one, and the gradient terms that are cut off shrink
     geometrically. (Without recall the answer has to depend on the path, and this does not hold. And
-    where states are seldom at rest, as on 9x9 boards, the terms are large: hence more grad_loops
-    there. theory.py --ckpt measures them.)
+    where states are seldom at rest, as on 9x9 boards, the terms are large: theory.py --ckpt
+    measures them.)
 
     The task's loss alone does not bring a state to rest: it may go round for ever among states that
     all give the right answer. So cfg.rest adds the motion of the last loop to the loss.
@@ -533,7 +533,6 @@ DEFAULTS = {
 SIDE_DEFAULTS = {
     4: dict(loops=16, steps=800, eval_loops=64),
     6: dict(steps=4000, eval_loops=128),
-    9: dict(grad_loops=6, steps=4000),
 }
 
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",

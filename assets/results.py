@@ -818,15 +818,10 @@ def phrases(raw):
     said.append(f"solves {hits['internal-pre']} with pre norm, and {hits['internal-outer']} with "
                 "outer norm")
 
-    # the loss and the positions
-    groups = find_groups(raw, ["loss/sudoku6/*"])
-    shares = {cell: np.mean([run.exact("hard") for run in runs]) for cell, runs in groups.items()}
-    most = max(share for cell, share in shares.items() if "relative" in cell)
-    said.append(f"at most {most:.2f} of the hard 6x6 boards")
-    four = [shares[f"{loss}-absolute-{recall}-outer"] for loss in ("progressive", "carry")
-            for recall in ("external", "internal")]
-    said.append("{:.2f} and {:.2f} (external, internal) by the paper's loss, {:.2f} and {:.2f} by "
-                "`carry_loss`".format(*four))
+    # what truncated backpropagation leaves out
+    records = read_json(raw / "horizon/left-out.json")
+    shares = [record["left_out_3_6_10"][0] for record in records[:3]]
+    said.append("leave out {:.2f} on strings, {:.2f} on 6x6 and {:.2f} on 9x9".format(*shares))
 
     # what converges, and is right
     groups = find_groups(raw, ["current/to-2048/sudoku6/*"]).values()
