@@ -1814,18 +1814,6 @@ def test_options_of_other_tasks_and_of_the_model_are_none_of_a_new_task(monkeypa
     assert (task.width, task.bits, task.positions) == (3, 7, "relative")
 
 
-def test_a_board_of_another_size_is_refused_before_training():
-    cfg = tiny(**BOARD)
-    small = data.splits(cfg.make_task(), 0, 8, 8, 8, 8)
-    large = data.splits(replace(cfg.make_task(), side=6), 0, 0, 0, 0, 8)["hard"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "splits", lambda *_: small)
-        looped.get_splits(cfg, "cpu")                               # control
-        patch.setattr(data, "splits", lambda *_: small | {"hard": large})
-        with pytest.raises(data.UserError, match="36 tokens in hard; .* 16 of its grid"):
-            looped.get_splits(cfg, "cpu")
-
-
 # -----------------------------------------------------------------------------
 # data.py
 
@@ -2809,8 +2797,8 @@ def test_typed_puzzles_that_are_none(task, text, message):
 
 
 def symbols_of(picture):
-    """What is left of a picture without marks, rules and spaces."""
-    return re.sub(r"[-+<>\s]", "", picture)
+    """What is left of a picture without marks, rules, spaces and names of lines."""
+    return re.sub(r"[-+<>\s]|bits|sums", "", picture)
 
 
 @pytest.mark.parametrize("key", TASK)
@@ -2823,7 +2811,10 @@ def test_typed_puzzles_round_trip(made, key):
 
     picture = task.show(x, y, lambda i, text: f"<{text}>")
     assert picture.count("<") == {"chess": 2, "squares": 2, "bits": 32}.get(key, (x == 0).sum())
-    assert symbols_of(picture) == symbols_of(task.show(x, y)) != symbols_of(task.show(x))
+    order = sorted if key == "bits" else list       # a marked string is in shorter lines
+    marked, plain, unsolved = (order(symbols_of(text))
+                               for text in (picture, task.show(x, y), task.show(x)))
+    assert marked == plain != unsolved
     assert picture.isascii()
     assert ("mate" if key in ("chess", "squares") else "solved") in task.verdict(task.text(x), y)
     assert task.verdict(task.text(x), y[::-1]) != task.verdict(task.text(x), y)
@@ -3200,7 +3191,8 @@ def test_what_truncated_backpropagation_leaves_out():
 
 def test_residuals_over_one_and_two_loops_of_a_run_that_flips(tiny_run, monkeypatch):
     # each loop turns the sign of the state: two loops bring it back
-    monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: -h)
+    monkeypatch.setattr(looped.LoopedTransformer, "step",
+                        lambda self, h, r: -h + 0 * self.W_h.weight.sum())
     found = theory.measure(tiny_run, inputs=2, loops=50)
     assert found["residual"] == pytest.approx(2) and found["residual2"] < 1e-12
     assert found["converged"] == 0 and found["norm_ratio"] == pytest.approx(1)
