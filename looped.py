@@ -1203,8 +1203,13 @@ def get_splits(cfg, device, train=True):
     """
     n_train = cfg.n_train if train else 0
     n_val = cfg.n_val if train else 0
-    splits = data.splits(cfg.make_task(), cfg.seed, n_train, n_val, cfg.n_test, cfg.n_hard,
-                         cfg.files)
+    task = cfg.make_task()
+    splits = data.splits(task, cfg.seed, n_train, n_val, cfg.n_test, cfg.n_hard, cfg.files)
+    for name, puzzles in splits.items():
+        tokens = puzzles.x.shape[1]
+        if len(task.grid) > 1 and tokens != math.prod(task.grid):
+            raise UserError(f"{task.name}: {tokens} tokens in {name}; only strings may be longer "
+                            f"than in training, a board has the {math.prod(task.grid)} of its grid")
     return {
         name: (torch.as_tensor(puzzles.x, dtype=torch.long, device=device),
                torch.as_tensor(puzzles.y, dtype=torch.long, device=device))

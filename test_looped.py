@@ -1814,6 +1814,18 @@ def test_options_of_other_tasks_and_of_the_model_are_none_of_a_new_task(monkeypa
     assert (task.width, task.bits, task.positions) == (3, 7, "relative")
 
 
+def test_a_board_of_another_size_is_refused_before_training():
+    cfg = tiny(**BOARD)
+    small = data.splits(cfg.make_task(), 0, 8, 8, 8, 8)
+    large = data.splits(replace(cfg.make_task(), side=6), 0, 0, 0, 0, 8)["hard"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "splits", lambda *_: small)
+        looped.get_splits(cfg, "cpu")                               # control
+        patch.setattr(data, "splits", lambda *_: small | {"hard": large})
+        with pytest.raises(data.UserError, match="36 tokens in hard; .* 16 of its grid"):
+            looped.get_splits(cfg, "cpu")
+
+
 # -----------------------------------------------------------------------------
 # data.py
 
