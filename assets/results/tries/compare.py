@@ -12,7 +12,7 @@ another chance, and another, until it converges or has had `budget` loops in all
     path      from h_0, with noise in each of the first per_try / 2 loops, as in PTRM
               (arXiv 2605.19943)
 
-Noise is Gaussian, sigma times the rms of a token. Loops are damped.
+Noise is Gaussian, sigma times the rms of a token. All loops are damped by `damping`.
 """
 import argparse
 import json
