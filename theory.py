@@ -5,7 +5,7 @@ depend on the input e (input-dependence), are they smooth in e and safe to backp
 (geometry). After the abstract of "Stability and Generalization in Looped Transformers", arXiv
 2604.15259. One function per claim; its docstring says what is claimed, why it holds, and whether it
 is the paper's (abstract) or derived here. A control row is the same measure on a loop where it has
-to come out the other way. (There is no R6, I4, G4: numbers of dropped claims are not used again.)
+to come out the other way. (R6, I4 and G4 were claims that were dropped.)
 
     python theory.py                            # one table; exit code 1 if a claim fails
     python theory.py --only R5,G5 --seed 7      # --quick: small sizes, a minute or two
@@ -20,6 +20,7 @@ letters   h or s state   e embedded input   L tokens   D width   K loops   l a l
 """
 import copy
 import functools
+import itertools
 import json
 import math
 import sys
@@ -38,7 +39,7 @@ import looped
 SMALL = 32          # width of the blocks of --quick
 LARGE = 64          # width of the blocks otherwise
 TOKENS = 5          # a block is judged on this many random tokens
-STRONG = 8.0        # a recall gain at which outer-norm blocks converge (see the claim "axes")
+STRONG = 8.0        # a recall gain at which most outer-norm blocks converge (the claim "axes")
 CONVERGED = 1e-9    # a state that moves less than this, relatively, has converged
 CLAIMS = {}         # id -> generator(seed, quick, **variant) of Rows
 
@@ -51,28 +52,27 @@ class Row(NamedTuple):
     what: str
     predicted: str
     measured: str
-    within: str
     passed: bool
     note: str
 
 
 def check(what, value, equals=None, at_least=None, at_most=None, within=0.0, note=""):
-    """One row: value against one bound, which it may miss by `within`. NaN passes nothing."""
+    """One row: value against one bound; equals may be missed by `within`. NaN passes nothing."""
     value = float(value)
     if equals is not None:
         bound = f"= {float(equals):.4g}"
         if within > 0:
             bound += f" +- {within:.2g}"
-        excess = abs(value - float(equals))
+        passed = abs(value - float(equals)) <= within
     elif at_least is not None:
         bound = f">= {float(at_least):.4g}"
-        excess = float(at_least) - value
+        passed = value >= float(at_least)
     elif at_most is not None:
         bound = f"<= {float(at_most):.4g}"
-        excess = value - float(at_most)
+        passed = value <= float(at_most)
     else:
         raise ValueError(f"{what}: nothing to check against")
-    return Row("", what, bound, f"{value:.4g}", f"{within:.2g}", excess <= within, note)
+    return Row("", what, bound, f"{value:.4g}", passed, note)
 
 
 def control(what, value, **bounds):
@@ -277,13 +277,6 @@ def gradients(f, K, loss, start=None):
     return Gradients(dh0.norm(), flat(dW), h.detach(), dh)
 
 
-def power_and_growth(f, K, loss):
-    """From K to 2 K loops: the power of K in |dl/dW|, and by how much |dl/dh_0| grows."""
-    early = gradients(f, K, loss)
-    late = gradients(f, 2 * K, loss)
-    return (late.weights.norm() / early.weights.norm()).log2(), late.start / early.start
-
-
 def left_out(f, marks, K, loss, start=None):
     """Truncated backpropagation: of dl/dW through K loops, what do the last k of them leave out?
 
@@ -350,9 +343,10 @@ def scalar_loop(recall, x, y):
 
 @claim("R1", "reachability")
 def r1(seed, quick, judge=None):
-    """Scalar toy: a fixed point is reached iff |a| < 1, a = 1 + y, (1 + y) x or 1 + x y.
+    """A loop of one number, with W_h = x and F(u) = y u: s' = a s + b e comes to rest from almost
+    every start iff |a| < 1, where a = 1 + y (no recall), (1 + y) x (external), 1 + x y (internal).
 
-    Derived here: s' = a s + b e is affine, so s_k - s* = a^k (s_0 - s*) with s* = b e / (1 - a).
+    Derived here: the loop is affine, so s_k - s* = a^k (s_0 - s*) with s* = b e / (1 - a).
     """
     n = 2000 if quick else 20000
     uniform = torch.rand(2, n, generator=torch.Generator().manual_seed(seed)).double()
@@ -393,7 +387,7 @@ def far_over_near(f):
 @claim("R2", "reachability")
 def r2(seed, quick, norms=("pre", "peri")):
     """Pre/peri + external recall: rho(W_h) decides. Below 1 no state grows without bound, above 1
-    almost all that start far out do.
+    all but a vanishing share of those that start far out do.
 
     Derived here: sub-layers read N(u), so what the block adds is bounded, h' = W_h h + c with
     |c| <= C, and h_k is W_h^k h_0 plus the sum of all W_h^j c_(k-1-j). Below 1 |W_h^j| falls
@@ -451,11 +445,11 @@ def r2(seed, quick, norms=("pre", "peri")):
 def r3(seed, quick, norms=("pre", "peri")):
     """Pre/peri with internal or no recall: the state drifts off linearly, nothing is reached.
 
-    Derived here, with |h| the length of each token: h' = h + F(N(h), e) with bounded F. N(h) has a
-    derivative of 1 / |h|, so J - I falls like that: far out one loop hardly changes the difference
-    of two states, and nothing pulls them together. That |h| grows linearly and no state is at rest
-    is seen, not proved. Successive states then differ by an angle of at most |step| / |h| ~ 1 / k:
-    their cosine goes to 1, which looks like convergence.
+    Derived here: h' = h + F(h, e) with bounded F, which reads h through norms only. The derivative
+    of a norm falls like 1 / |h|, and so does J - I: far out one loop hardly changes the difference
+    of two states (k loops change it by a power of k). That |h| grows linearly and no state is at
+    rest is seen, not proved. Successive states then differ by an angle of at most
+    |step| / |h| ~ 1 / k: their cosine goes to 1, which looks like convergence.
     """
     width = SMALL if quick else LARGE
     K = 1000 if quick else 3200
@@ -549,47 +543,44 @@ def r4(seed, quick, recall_scale=0.0):
 
 
 @claim("R5", "reachability")
-def r5(seed, quick, norm="outer", recall_scale=1.0, shift=0.0):
+def r5(seed, quick, norm="outer", recall_scale=1.0):
     """Outer norm + recall: above r = 2 recall is enough, whatever A, and 2 is sharp.
 
     Paper's abstract: recall + outer norm gives reachable, smooth fixed points. Derived here: let
     s' = N(u), u = A s + w, r = |w| / (sqrt(D) |A|_2). Df = sqrt(D) / |u| (I - u u^T / |u|^2) A and
     |u| >= sqrt(D) |A|_2 (r - 1) on the ball, so Lip(f) <= 1 / (r - 1): above r = 2 a contraction
-    with one fixed point, reached from everywhere. An orthogonal A attains the bound, at the s that
-    A turns against w. Below 2 neither r nor rho(A) decides: I and -I share them, but with -I, which
-    turns every state against itself, nothing is reached just below 2, and with I all. (rho(A) by
+    with one fixed point, reached from everywhere. An orthogonal A attains the bound, at the s for
+    which A s points against w. (A random A comes to rest far below 2, so it would test little.)
+    Below 2 neither r nor rho(A) decides: I and -I share them, but with -I, which turns every state
+    against itself, nothing is reached just below 2 (but from +-w), and with I all. (rho(A) by
     itself means nothing: (A, w) -> (c A, c w) leaves f as it is.)
     """
     matrices = 8 if quick else 30
     inputs = 16
     D = 16
     draw = rng(seed)
-    A = draw(matrices, D, D)
+    A = torch.linalg.qr(draw(matrices, D, D))[0]        # orthogonal, so |A|_2 = 1
     w = N(draw(matrices, inputs, D))
     start, other = N(draw(2, matrices, inputs, D))
 
     def loop(r, A=A, w=w, norm=norm):
-        u = recall_scale * r * torch.linalg.matrix_norm(A, 2)[..., None, None] * w
-        return lambda s: N_if(norm, s @ A.mT + u)
+        return lambda s: N_if(norm, s @ A.mT + recall_scale * r * w)
 
     def share_reached(f):
         return (iterate(f, start, 4000)[1] < CONVERGED).double().mean()
 
-    Q = torch.linalg.qr(A[0])[0]
+    r = 2.01
+    f = loop(r)
+    limit, motion = iterate(f, start, 4000)
+    apart = (iterate(f, other, 4000)[0] - limit).abs().max()
+    yield check(f"r = {r}: share reached", (motion < CONVERGED).double().mean(), equals=1)
+    yield check(f"r = {r}: another start moves the limit by", apart, equals=0, within=1e-9)
+
+    # the bound 1 / (r - 1) is attained at the s for which A s = -w
     one_input = w[0, :1]
-
-    for r in (2.01, 4):
-        bound = 1 / (r - 1 - shift)             # shift: a wrong bound, for the tests
-        f = loop(r)
-        limit, motion = iterate(f, start, 4000)
-        apart = (iterate(f, other, 4000)[0] - limit).abs().max()
-        yield check(f"r = {r}: share reached", (motion < CONVERGED).double().mean(), equals=1)
-        yield check(f"r = {r}: another start moves the limit by", apart, equals=0, within=1e-9)
-
-        # an orthogonal A, at the s that it turns against w: the bound is attained
-        J = jacobian(loop(r, Q, one_input), -one_input @ Q)[0]
-        yield check(f"r = {r}, orthogonal A: |J|_2 at its worst / bound",
-                    torch.linalg.matrix_norm(J, 2) / bound, equals=1, within=1e-9)
+    J = jacobian(loop(r, A[0], one_input), -one_input @ A[0])[0]
+    yield check(f"r = {r}: |J|_2 at its worst, times (r - 1)",
+                torch.linalg.matrix_norm(J, 2) * (r - 1), equals=1, within=1e-9)
 
     # the threshold: A = -I just above it and just below, and I below
     one = torch.eye(D).double()
@@ -598,42 +589,44 @@ def r5(seed, quick, norm="outer", recall_scale=1.0, shift=0.0):
     yield check("A = I, r = 1.98: share reached", share_reached(loop(1.98, one)), equals=1)
 
     yield control("without recall (r = 0), share reached", share_reached(loop(0)), at_most=0.9)
-    yield control("r = 4 without norm, A = 3 I, share reached",
-                  share_reached(loop(4, 3 * one, norm="pre")), equals=0)
+    yield control("r = 2.01 without norm, share reached", share_reached(loop(r, norm="pre")),
+                  at_most=0.9)
 
 
 @claim("R7", "reachability")
 def r7(seed, quick, norm="outer", loops=1000):
     """Near a fixed point that attracts, the distance to it dies like rho(J*)^k.
 
-    Derived here: h_k+1 - h* = J* (h_k - h*) + O(|h_k - h*|^2). So it takes about
-    log(1 / tol) / -log rho(J*) loops, once near, to come within tol. (With a complex dominant
-    eigenvalue the distance swings round this law, which is why the rows ask for a tenth only.)
+    Derived here: h_k+1 - h* = J* (h_k - h*) + O(|h_k - h*|^2). So, from almost every start, it
+    takes about log(1 / tol) / -log rho(J*) loops, once near, to come within tol. The norm |J*|_2,
+    which bounds a single loop, is larger and says nothing: the control. (With a complex dominant
+    eigenvalue the distance swings round this law, which is why the row asks for a tenth only.)
     """
     models = 4 if quick else 12
     width = SMALL if quick else LARGE
 
-    def rates(norm):
-        """-> rate / log rho(J*) of those models that converge as it says."""
-        found = []
-        for i in range(models):
-            f = untrained(10 * seed + i, norm, "internal", width, inputs=1, gain=STRONG)
-            path = states(f, range(1, loops + 1))[:, 0]
-            distance = (path - path[-1]).norm(dim=1) / path[-1].norm()
-            # where its square, and rounding, are small against it
-            k = ((distance < 1e-4) & (distance > 1e-12)).nonzero()[:, 0]
-            if len(k) >= 10 and distance[k[0]:].max() < 1e-4:
-                rho = radius(jacobian(f, path[-1:]))[0]
-                found.append(slope(k, distance[k].log()) / rho.log())
-        return found
+    by_radius = []
+    by_norm = []
+    for i in range(models):
+        f = untrained(10 * seed + i, norm, "internal", width, inputs=1, gain=STRONG)
+        path = states(f, range(1, loops + 1))[:, 0]
+        distance = (path - path[-1]).norm(dim=1) / path[-1].norm()
+        # where its square, and rounding, are small against it
+        k = ((distance < 1e-4) & (distance > 1e-12)).nonzero()[:, 0]
+        if len(k) >= 10 and distance[k[0]:].max() < 1e-4:
+            rate = slope(k, distance[k].log())
+            J = jacobian(f, path[-1:])[0]
+            by_radius.append(radius(J).log() / rate)
+            by_norm.append(torch.linalg.matrix_norm(J, 2).log() / rate)
 
-    found = rates(norm)
-    middle = torch.tensor(found or [math.nan]).median()
-    yield check(f"{norm} + internal: models of {models} that converge", len(found),
+    def middle(found):
+        return torch.tensor(found or [math.nan]).median()
+
+    yield check(f"{norm} + internal: models of {models} that converge", len(by_radius),
                 at_least=models / 2)
-    yield check("rate of |h_k - h*| / log rho(J*), median", middle, equals=1, within=0.1,
-                note=" ".join(f"{float(rate):.3f}" for rate in found))
-    yield control(f"pre + internal: models of {models} that converge", len(rates("pre")), equals=0)
+    yield check("log rho(J*) / rate of |h_k - h*|, median", middle(by_radius), equals=1, within=0.1,
+                note=" ".join(f"{float(ratio):.3f}" for ratio in by_radius))
+    yield control("log |J*|_2 / rate of |h_k - h*|, median", middle(by_norm), at_most=0.8)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -667,15 +660,17 @@ def isolation(seed, starts, zeroed):
 
 @claim("I1", "input-dependence")
 def i1(seed, quick, zeroed=False, starts=None):
-    """Without recall fixed points are isolated, so countable.
+    """Fixed points are isolated, so countable, but for exceptional weights.
 
-    Paper's abstract. Derived here, for s' = C(s) + b with C smooth: if
+    Paper's abstract, for loops without recall. Derived here, for s' = C(s) + b with C smooth: if
     det(I - J) != 0 at a fixed point, no other lies close to it (inverse function theorem). For
     almost every b that is so at all of them (Sard), and isolated points of R^n are countable.
+    Recall plays no part in this: without it all inputs share one such set (I2), with it each input
+    has its own.
 
-    The block ends in a norm, so it is not of that form. So its isolation is measured:
-    sigma_min(I - J) > 0 at all fixed points that Newton's method finds. Control: a zeroed block, of
-    which all states are fixed points.
+    The block ends in a norm, so it is not of that form. So its isolation is measured, without
+    recall: sigma_min(I - J) > 0 at all fixed points that Newton's method finds. Control: a zeroed
+    block, of which all states are fixed points.
     """
     starts = starts or (60 if quick else 200)
     blocks = 3 if quick else 8
@@ -695,8 +690,9 @@ def tanh_path(seed, recall_scale, n, loops, asymmetry=0.0):
     """Limits of s' = 0.8 s + 0.2 tanh(3 W s + recall_scale e) from s_0 = e; e goes from a to -a.
 
     -> places on the path [m], limits [m, 16] of those m of n inputs that converge. W is symmetric
-    (then all do) plus `asymmetry` times an antisymmetric matrix. The loop is odd, so the limits at
-    the two ends are opposite: if they are not 0, something has to happen in between.
+    (then all do: an energy falls in each loop, since 3 < (2 - 0.2) / 0.2) plus `asymmetry` times an
+    antisymmetric matrix. The loop is odd, so the limits at the two ends are opposite: if they are
+    not 0, something has to happen in between.
     """
     D = 16
     draw = rng(seed)
@@ -716,17 +712,15 @@ def tanh_path(seed, recall_scale, n, loops, asymmetry=0.0):
 
 
 def staircase(seed, recall_scale, n, loops):
-    """tanh_path for three networks -> share of inputs that converge, how far the limit moves in
-    each step from one input to the next, and the limits of each network."""
+    """tanh_path for three networks -> share of inputs that converge, and how far the limit moves
+    in each step from one input to the next."""
     shares = []
     steps = []
-    limits = []
     for asymmetry in (0, 0.25, 0.5):
         _, s = tanh_path(seed, recall_scale, n, loops, asymmetry)
         shares.append(len(s) / n)
         steps.append(s.diff(dim=0).abs().amax(1))
-        limits.append(s)
-    return sum(shares) / 3, torch.cat(steps), limits
+    return sum(shares) / 3, torch.cat(steps)
 
 
 def moves(steps):
@@ -759,14 +753,14 @@ def i2(seed, quick, recall_scale=0.0):
 
     Paper's abstract. "Strong" is read as: the limit varies continuously with the input. Why not
     (derived here): without recall f does not contain e, so all inputs share one set of fixed
-    points. Along a path of inputs a continuous limit would run through a connected set, and one of
-    more than a point is uncountable. So if the fixed points are countable, the limit is constant,
-    or it jumps. (Tokens are discrete; the paths run between their embeddings.) How many limits
-    there are is not claimed.
+    points. Along a path of inputs, where the loop converges all along it, a continuous limit would
+    run through a connected set, and one of more than a point is uncountable. So if the fixed points
+    are countable, the limit is constant, or it jumps. (Tokens are discrete; the paths run between
+    their embeddings.) How many limits there are is not claimed.
 
     Linear loops, whose dominant eigenvalue lambda is positive, negative or complex:
       |lambda| < 1    all inputs end in one limit
-      |lambda| >= 1   none converges, but for
+      |lambda| >= 1   almost none converges, but for
       lambda = 1      of e one number is kept, its part along the dominant eigenvector; but then
                       the fixed points are a whole line (the control), and 1 +- 1e-4 undoes it
     tanh networks, symmetric or not, along a path of inputs: the limit jumps, once or a few times,
@@ -814,8 +808,8 @@ def tanh_loops(seed, quick, recall_scale):
     # either a step along the path changes nothing, or it jumps to another fixed point
     n = 501 if quick else 2001
     loops = 1500 if quick else 4000
-    share, steps, _ = staircase(seed, recall_scale, n, loops)
-    _, finer, _ = staircase(seed, recall_scale, 4 * n, loops)
+    share, steps = staircase(seed, recall_scale, n, loops)
+    _, finer = staircase(seed, recall_scale, 4 * n, loops)
     # the symmetric network alone makes a third
     yield check("tanh, 3 networks: share of inputs that converge", share, at_least=0.3)
     yield check("tanh: steps along the path that move the limit by 1e-9 to 0.1", slides(steps),
@@ -825,16 +819,12 @@ def tanh_loops(seed, quick, recall_scale):
     yield check("tanh: ... on a path of four times as many, times", moves(finer) / moves(steps),
                 at_most=2)
 
-    _, steps, limits = staircase(seed, 4.0, n, loops)
-    _, finer, _ = staircase(seed, 4.0, 4 * n, loops)
+    _, steps = staircase(seed, 4.0, n, loops)
+    _, finer = staircase(seed, 4.0, 4 * n, loops)
     yield control("with recall, share of steps that move it by 1e-9 to 0.1",
                   slides(steps) / len(steps), at_least=0.3)
-    yield control("with recall, share of steps that move it at all", moves(steps) / len(steps),
-                  equals=1)
-    yield control("with recall, ... on a path of four times as many, times",
+    yield control("with recall, such steps on a path of four times as many, times",
                   moves(finer) / moves(steps), equals=4, within=0.05)
-    yield control("with recall, distinct limits per input, least",
-                  min(distinct(s) / max(1, len(s)) for s in limits), equals=1)
 
 
 @claim("I3", "input-dependence")
@@ -842,7 +832,7 @@ def i3(seed, quick, norm="outer", recall="none"):
     """Where the real block without recall converges, it forgets: few limits, whatever the input.
 
     Seen on random weights under outer norm (under pre norm nothing is reached, R3). Some models
-    converge for no input. In most of the others all tokens end equal: they then stay equal, since
+    converge for no input. In some of the others all tokens end equal: they then stay equal, since
     attention weights sum to 1. With recall each input has a limit of its own.
     """
     width = SMALL if quick else LARGE
@@ -880,7 +870,7 @@ def derivative_by_input(f, h):
 
 @claim("I5", "input-dependence")
 def i5(seed, quick, norm="outer", recalls=("internal", "external")):
-    """With recall the limit is smooth in the input: dh*/de = (I - J)^-1 df/de.
+    """With recall the limit follows the input smoothly: dh*/de = (I - J)^-1 df/de.
 
     Paper's abstract: recall + outer norm makes fixed points locally smooth in the input. Derived
     here: the implicit function theorem, wherever I - J is invertible; the limit follows the fixed
@@ -934,8 +924,9 @@ def g1(seed, quick, norm="outer", eps=1e-6):
 
     Derived here: it forgets the length. Without g, which the rows divide out, the radial singular
     value is eps / sigma^3, and the others are 1 / sigma. In the loop J is a product with two such
-    norms, whose radial directions differ: L of its singular values are then near 0 for L tokens,
-    not 2 L, and of the order of eps^2 (seen).
+    norms. Of its singular values L are near 0 for L tokens, and not 2 L, since in general what the
+    second norm forgets is not in the image of the first. |det J| holds eps twice for each token,
+    and those L values have to make it up: each is of the order of eps^2.
     """
     D = 64
     u, weight = rng(seed)(2, 1, D)
@@ -966,12 +957,11 @@ def g1(seed, quick, norm="outer", eps=1e-6):
     yield control(f"pre, {what}", near_zero("pre"), equals=0)
 
 
-def gradient_sweep(norm, seed, widths, recalls=("internal", "external")):
-    """Gradients through K and 2 K loops, for two recalls, three gains and some widths.
+def gradient_sweep(norm, seed, widths, recalls):
+    """Gradients through K and 2 K loops, for some recalls, three gains and some widths.
 
     K: 40, or the loop from which on the state moves less than 1e-6, if that is later.
-    -> power of K in |dl/dW|, growth of |dl/dh_0|, whether the loop converges; [loops] each, the
-    first half with internal recall.
+    -> power of K in |dl/dW|, growth of |dl/dh_0|, whether the loop converges; [loops] each.
     """
     powers = []
     growths = []
@@ -989,70 +979,69 @@ def gradient_sweep(norm, seed, widths, recalls=("internal", "external")):
                 if still[-1]:
                     K = max(K, 1 + int((~still).sum()))
 
-                power, growth = power_and_growth(f, K, random_loss(f, seed))
-                powers.append(power)
-                growths.append(growth)
+                loss = random_loss(f, seed)
+                early = gradients(f, K, loss)
+                late = gradients(f, 2 * K, loss)
+                powers.append((late.weights.norm() / early.weights.norm()).log2())
+                growths.append(late.start / early.start)
     return torch.stack(powers), torch.stack(growths), torch.stack(converged)
 
 
 @claim("G2", "geometry")
 def g2(seed, quick, norm="outer"):
-    """Gradients through K loops stay bounded with strong recall + outer norm, since it converges.
+    """Gradients through K loops stay bounded with strong recall + outer norm, since it converges
+    to a fixed point with rho(J*) < 1.
 
     Paper's abstract: stable backpropagation. Derived here: at a fixed point dl/dW of K loops is
     (df/dW)^T (1 + J^T + ... + (J^T)^(K-1)) dl/dh, a geometric series, with the sum (1 - J^T)^-1;
     and dl/dh_0 dies at the rate rho(J*). So under any norm gradients are bounded where the loop
-    converges to rho(J*) < 1. What outer norm adds is that loops converge. Without it external
-    recall multiplies dl/dh_0 by rho(W_h) a loop, so it has to be below 1, and internal recall
-    drifts (R3) and keeps all terms of dl/dW, so that it grows like K (seen). The sweep is over
-    recall gains, widths, and rho(W_h) below and above 1; gains from 4, or from 16 where
-    rho(W_h) = 2, since weaker recall may not converge (claim axes). Gradients of outer-norm loops
-    are judged from the loop on at which they have converged.
+    converges to rho(J*) < 1. What outer norm adds is that loops converge. Without it, far out,
+    external recall multiplies dl/dh_0 by rho(W_h) a loop (R2), so that above 1 it explodes, and
+    internal recall drifts (R3) and keeps all terms of dl/dW, so that it grows like K (seen).
+
+    The sweep is over recall gains, widths, and rho(W_h) below and above 1; gains from 4, or from 16
+    where rho(W_h) = 2, since weaker recall may not converge (claim axes). Gradients of outer-norm
+    loops are judged from the loop on at which they have converged.
     """
     width = SMALL if quick else LARGE
     K = 60 if quick else 100
     for recall in ("internal", "external"):
         f = untrained(seed, norm, recall, width, inputs=1, gain=STRONG)
-        loss = random_loss(f, seed)
-        early = gradients(f, K // 2, loss)
-        late = gradients(f, K, loss)
-        J = jacobian(f, late.h)[0]
-        exact = implicit_gradient(f, late.h, J, late.last)
-        rate = (late.start / early.start).log() / (K - K // 2)
-        name = f"{norm} + {recall}"
-        yield check(f"{name}: dl/dW of {K} loops - implicit, relative",
-                    (late.weights - exact).norm() / exact.norm(), equals=0, within=1e-4)
-        yield check(f"{name}: rate of |dl/dh_0| / log rho(J*)", rate / radius(J).log(), equals=1,
-                    within=0.2)
+        found = gradients(f, K, random_loss(f, seed))
+        J = jacobian(f, found.h)[0]
+        exact = implicit_gradient(f, found.h, J, found.last)
+        yield check(f"{norm} + {recall}: dl/dW of {K} loops - implicit, relative",
+                    (found.weights - exact).norm() / exact.norm(), equals=0, within=1e-4)
 
     # where rho(W_h) is 0.58 or recall drifts, a bounded gradient may be luck: so all of these
     widths = (16, 32) if quick else (16, 32, 64)
     cells = f"{6 * len(widths)} loops"
 
-    power, growth, converged = gradient_sweep(norm, seed, widths)
+    power, growth, converged = gradient_sweep(norm, seed, widths, ("internal", "external"))
     yield check(f"{norm}, {cells}: share that converges", converged.double().mean(), at_least=0.6)
     yield check("... of those: largest power of K in |dl/dW|",
                 max(power[converged], default=math.nan), at_most=0.01)
     yield check("... of those: largest |dl/dh_0|, 2 K loops / K",
                 max(growth[converged], default=math.nan), at_most=1)
-    power, growth, _ = gradient_sweep("pre", seed, widths)
-    power = power[:len(power) // 2]                     # internal recall
+    power, _, _ = gradient_sweep("pre", seed, widths, ("internal",))
     worst = power[(power - 1).abs().argmax()]
-    yield control(f"pre, internal of {cells}: power of K in |dl/dW|", worst, equals=1, within=0.25)
-    yield control(f"pre, {cells}: largest |dl/dh_0|, 2 K loops / K", growth.max(),
+    yield control("pre + internal, half of these: power of K in |dl/dW|", worst, equals=1,
+                  within=0.25)
+    _, growth, _ = gradient_sweep("pre", seed, widths, ("external",))
+    yield control("pre + external, the others: largest |dl/dh_0|, 2 K loops / K", growth.max(),
                   at_least=2 ** 30)
 
 
 @claim("G3", "geometry")
 def g3(seed, quick, norm="outer", loops=1000):
-    """Stronger recall contracts more: under outer norm rho(J*) falls, in the end like a power of
-    |W_e|.
+    """Stronger recall contracts more: under outer norm rho(J*) falls as its gain rises from 4, in
+    the end like a power of |W_e|.
 
     Derived here: each norm divides what comes from h by the size of its input, which grows with
     W_e e where recall comes in: at one sub-layer a loop in external recall (power -1), at both in
-    internal (-2). That is the law at gains of hundreds. Where models live, at 1 to 4, internal
-    recall gains little: rho(J*) falls by a tenth, say from 0.9 to 0.8 (seen, not proved). Under pre
-    norm W_h h stays, so that rho(J*) tends to rho(W_h), with power 0: the control.
+    internal (-2). That is the law at gains of hundreds; that rho(J*) falls all the way is seen, not
+    proved. Under pre norm W_h h stays, so that rho(J*) tends to rho(W_h), with power 0: the
+    control.
     """
     width = SMALL if quick else LARGE
 
@@ -1069,17 +1058,15 @@ def g3(seed, quick, norm="outer", loops=1000):
         return (rho[1024] / rho[256]).log() / math.log(4)
 
     for recall, power in (("internal", -2), ("external", -1)):
-        # from weak recall to far beyond what is trained
-        rho = {gain: mean_rho(norm, recall, gain) for gain in (1, 4, 16, 256, 1024)}
+        gains = (4, 16, 64, 256, 1024)          # to far beyond what is trained
+        rho = {gain: mean_rho(norm, recall, gain) for gain in gains}
+        falls = [rho[gain] / rho[before] for before, gain in itertools.pairwise(gains)]
         note = ", ".join(f"{gain}: {float(r):.2g}" for gain, r in rho.items())
         name = f"{norm} + {recall}"
-        yield check(f"{name}: rho(J*) at gain 16 / at gain 4", rho[16] / rho[4], at_most=0.8,
-                    note=note)
+        yield check(f"{name}: rho(J*) at four times the gain, largest ratio", max(falls),
+                    at_most=0.99, note=note)
         yield check(f"{name}: power of gain in rho(J*), 256 to 1024", power_of_gain(rho),
                     equals=power, within=0.1)
-        if recall == "internal":
-            yield check(f"{name}: rho(J*) at gain 4 / at gain 1", rho[4] / rho[1], equals=0.9,
-                        within=0.1)
 
     rho = {gain: mean_rho("pre", "external", gain) for gain in (256, 1024)}
     yield control("pre + external: power of gain in rho(J*), 256 to 1024", power_of_gain(rho),
@@ -1105,7 +1092,8 @@ def g5(seed, quick, norm="outer"):
     """In the toy of R1 with outer norm internal recall is reached no less often than external.
 
     Paper's abstract: internal recall becomes competitive once outer norm is applied. Without norm
-    it is reached less often (counted, not proved): the control. Derived here, s' = N(a s + b e):
+    it is reached less often (counted, not proved): the control. Derived here, for
+    s' = N(a s + b e) with vectors s and e of rms 1, and x symmetric and independent of y:
 
       1. It moves in the plane of s and e. Its angle to sign(b) e shrinks in each loop if a > 0, and
          changes sign if a < 0. So it comes to rest from almost everywhere iff a > 0 or
@@ -1137,21 +1125,22 @@ def g5(seed, quick, norm="outer"):
     yield check("internal, x y > 0 or |x| < 1/2: weights that do not settle",
                 (sure & ~settles(a, b, "outer")).sum(), equals=0)
 
-    def shares(recall, norm):
-        a, b = scalar_loop(recall, x, y)
-        return settles(a, b, norm).view(len(sigmas), n).double().mean(1)
+    def lead(norm):
+        """-> P(reached) with internal recall - with external, for each sigma; a note of both."""
+        shares = {}
+        for recall in ("internal", "external"):
+            a, b = scalar_loop(recall, x, y)
+            shares[recall] = settles(a, b, norm).view(len(sigmas), n).double().mean(1)
+        columns = zip(sigmas, shares["internal"], shares["external"], strict=True)
+        note = ", ".join(f"{sigma}: {i:.3f} and {e:.3f}" for sigma, i, e in columns)
+        return shares["internal"] - shares["external"], f"internal and external, sigma = {note}"
 
-    normed = {recall: shares(recall, "outer") for recall in ("internal", "external")}
-    plain = {recall: shares(recall, "pre") for recall in ("internal", "external")}
-    for i, sigma in enumerate(sigmas):
-        internal = normed["internal"][i]
-        external = normed["external"][i]
-        yield check(f"outer norm, sigma = {sigma}: P(reached), int - ext", internal - external,
-                    at_least=0, note=f"int {internal:.3f}, ext {external:.3f}")
-        internal = plain["internal"][i]
-        external = plain["external"][i]
-        yield control(f"no norm, sigma = {sigma}: P(reached), int - ext", internal - external,
-                      at_most=-0.02, note=f"int {internal:.3f}, ext {external:.3f}")
+    ahead, note = lead("outer")
+    yield check("outer norm: P(reached), internal - external, least", ahead.min(), at_least=0,
+                note=note)
+    ahead, note = lead("pre")
+    yield control("no norm: P(reached), internal - external, largest", ahead.max(), at_most=-0.02,
+                  note=note)
 
 
 @claim("G6", "geometry")
@@ -1160,8 +1149,8 @@ def g6(seed, quick, norm="outer"):
 
     Derived here: at h* the gradient through the last k loops is the first k terms of the geometric
     series of G2. The rest is (J*^T)^k times the whole sum, so that it dies at the rate log rho(J*)
-    a loop. Without a fixed point there is no such rate: under pre norm with internal recall the
-    last 10 of 60 loops give less than half.
+    a loop. Without a fixed point there is no such rate: under pre norm with internal recall all
+    loops count about alike, so that the last 10 of 60 leave out 50 of 60.
 
     With two or three loops, as in carry_loss, what is left out is not small: it is in the note, a
     tenth to a fifth here, and more where recall is weaker (--ckpt measures it on trained models).
@@ -1192,7 +1181,7 @@ def g6(seed, quick, norm="outer"):
     f = untrained(seed, "pre", "internal", width, inputs=1, gain=STRONG)
     h, _ = iterate(f, f.start, 500)
     yield control("pre + internal: missing of dl/dW, last 10 of 60 loops",
-                  left_out(f, (10,), 60, loss, start=h), at_least=0.5)
+                  left_out(f, (10,), 60, loss, start=h), equals=5 / 6, within=0.02)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1226,10 +1215,8 @@ def axes(seed, quick, swap=None, blocks=None):
 
     Paper's abstract: never without recall, reliably so with recall + outer norm. Seen on random
     weights of width 32, not proved: pre and peri drift (R3) or hang on rho(W_h) (R2), outer norm
-    without recall forgets (I3). "Reliably" is a matter of recall strength (R5): the shares at gain
-    1, 2, 4, 8 and 16 (--quick: 1 and 16) are in the table with 95 % intervals. At gain 1 neither
-    recall is reliable: external recall there is a control, and of internal it is claimed, weakly,
-    that stronger is no worse.
+    without recall forgets (I3). "Reliably" needs strong recall (R5): external recall at gain 1 is a
+    control.
     """
     blocks = blocks or (6 if quick else 16)
     loops = 500 if quick else 1000
@@ -1259,25 +1246,16 @@ def axes(seed, quick, swap=None, blocks=None):
     others = ("pre",) if quick else ("pre", "peri")
     for norm in others:
         yield row(norm, "none", count=few, equals=0)
-        yield row(norm, "internal", 16.0, count=few, equals=0)
-        yield row(norm, "external", 16.0, rho=1.5, count=few, equals=0)
-        yield row(norm, "external", 16.0, rho=0.3, count=few, at_least=0.6)
+        yield row(norm, "internal", STRONG, count=few, equals=0)
+        yield row(norm, "external", STRONG, rho=1.5, count=few, equals=0)
+        yield row(norm, "external", STRONG, rho=0.3, count=few, at_least=0.6)
 
-    # outer norm, by recall strength; bounds leave room for the binomial noise of so few blocks
+    # outer norm; the bounds leave room for the binomial noise of so few blocks
     yield row("outer", "none", equals=0)
-    least = {2.0: 0.4, 4.0: 0.6, 8.0: 0.8, 16.0: 0.8}
-    gains = (16.0,) if quick else tuple(least)
-    for recall in ("internal", "external"):
-        name, weak, weak_note = share("outer", recall)
-        if recall == "external":
-            yield control(name, weak, at_most=0.9, note=weak_note)
-        strong = {}
-        for gain in gains:
-            name, strong[gain], note = share("outer", recall, gain)
-            yield check(name, strong[gain], at_least=least[gain], note=note)
-        if recall == "internal":
-            yield check(f"outer + {recall}: share at gain 16 - at gain 1", strong[16.0] - weak,
-                        at_least=0, note=f"at gain 1: {weak_note}")
+    yield row("outer", "internal", STRONG, at_least=0.8)
+    yield row("outer", "external", STRONG, at_least=0.8)
+    name, weak, note = share("outer", "external", 1.0)
+    yield control(name, weak, at_most=0.9, note=note)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1339,7 +1317,6 @@ def reachability(f, h, motion):
         "converged": arrived.double().mean(),
         "distinct": distinct(h[arrived]),
         "residual": motion.median(),
-        "residual2": moved(f(f(h)), h).median(),
         "norm_ratio": (h.norm(dim=1) / f(f.start).norm(dim=1)).median(),    # |h_K| / |h_1|
     }
 
@@ -1354,15 +1331,9 @@ def spectrum(model, x):
         x = x[:, :max(1, 1024 // model.cfg.width)]
     f = Loop(model, model.embed(x[:3]))
     h, _ = iterate(f, f.start, 500)
-    record = {"rho_size": f.start.shape[1]}
-    if record["rho_size"] <= 2048:
-        one_each = [jacobian(f.on(f.e[i]), h[i:i + 1])[0] for i in range(len(h))]
-        record["rho"] = [radius(J) for J in one_each]
-    else:
-        record["rho"] = estimated_radius(f, h)
-    if model.cfg.recall != "none":
-        record["rho_W_h"] = radius(model.W_h.weight)
-    return record
+    if f.start.shape[1] > 2048:
+        return estimated_radius(f, h)
+    return [radius(jacobian(f.on(f.e[i]), h[i:i + 1])[0]) for i in range(len(h))]
 
 
 def input_dependence(f, h, loops, seed):
@@ -1379,7 +1350,6 @@ def input_dependence(f, h, loops, seed):
     return {
         "sensitivity_30_100_500": d.norm(dim=-1).mean(1),
         "swapped_to_new": moved(swapped, h.roll(1, 0)).median(),
-        "swapped_to_old": moved(swapped, h).median(),
         "from_random_start": moved(other, h).median(),
         "return_after_push": (moved(back, h) < 1e-6).double().mean(),
     }
@@ -1409,7 +1379,7 @@ def measure(path, inputs=256, loops=300, seed=0):
     h, motion = iterate(f, f.start, loops)
     record |= reachability(f, h, motion)
     report(1, 3)
-    record |= spectrum(model, x)
+    record["rho"] = spectrum(model, x)
     report(2, 3)
 
     few = f.on(f.e[:8])
