@@ -127,11 +127,12 @@ class Task:
         raise NotImplementedError
 
     def verify(self, x, y):
-        """Rows of a file, x, y [N, L] -> N error messages, "" for a good row; one ends reading."""
+        """Rows of a file, x, y [N, L] -> N error messages, "" for a good row; one ends it all."""
         return [""] * len(x)
 
     def keys(self, x, y):
-        """x, y [N, L] -> [N, K]; of puzzles with one key one is used, and it decides the split."""
+        """x, y [N, L] -> [N, K]; puzzles with equal keys count as one, and a key decides its split.
+        """
         return x
 
     # ---- training and evaluation
@@ -411,8 +412,8 @@ def solve(cand, box, limit=2, at_once=256):
 
     Naked and hidden singles (see deduce) are filled in until nothing changes; then each candidate
     of a cell with the fewest is tried, which is a guess. Their number is a puzzle's rating. With
-    one solution and limit 2 the whole tree is searched, so that it depends neither on the order of
-    the search nor on at_once, the number of boards that are worked on together.
+    one solution and limit 2 the whole tree is searched, so that the rating depends neither on the
+    order of the search nor on at_once, the number of boards that are worked on together.
     """
     N = cand.shape[1]
     found = np.zeros(N, int)
@@ -847,9 +848,8 @@ class Chess(Task):
     The side to move plays upwards, and the board is mirrored if its king is on files a to d. Not
     encoded: colour, castling and en passant rights (generated positions have none), the piece of a
     promotion. A chunk is 40 mates in one (half from random games, half from random placements) and
-    one mate in two (from placements), which takes a fourth of the time. All have one solving pair
-    of squares. Rating: the depth of the mate. (With thousands of hard positions, as --preset paper
-    asks for, it is they that decide how many chunks are made.)
+    one mate in two (from placements), which takes a fourth of the chunk's time. All have one
+    solving pair of squares. Rating: the depth of the mate.
 
     In files the answer is the second of the Moves, which need not mate and is not proven, and the
     rating is the file's.
@@ -998,7 +998,7 @@ def split_of(level, key, role="both"):
     return split
 
 
-PATIENCE = 100      # parts of a stream without a puzzle for a short split, before we give up
+PATIENCE = 100      # levels of chunks without a puzzle for a short split, before we give up
 
 
 def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cache"):
@@ -1092,7 +1092,7 @@ def levels(task, path=None):
 # --------------------------------------------------------------------------------------------------
 # cache and processes
 
-def code():
+def code_hash():
     """A checksum of this file. Cache folders carry it: no puzzle of other code is served."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
@@ -1107,7 +1107,7 @@ def chunks(task, seed, cache):
 def slow_chunks(task, seed, cache):
     """Yield the chunks of a seed from the cache, and then from all cores."""
     options = "".join(f"-{name}_{value}" for name, value in asdict(task).items())
-    folder = cache / f"{task.name}{options}-seed_{seed}-{code()}"
+    folder = cache / f"{task.name}{options}-seed_{seed}-{code_hash()}"
     job = partial(cached_chunk, task, seed, folder)
 
     # chunk 0 and cached ones come from this process; workers are started only for what is left
@@ -1216,7 +1216,9 @@ def progress(what):
     def report(done, total):
         nonlocal last
         now = time.monotonic()
-        if not done or now - last < (0.5 if terminal else 15):
+        is_due = now - last >= (0.5 if terminal else 15)
+        ends = last > start and done >= total       # a line that was begun is ended
+        if not done or not (is_due or ends):
             return
         last = now
         left = clock((now - start) * (total - done) / done)

@@ -65,7 +65,7 @@ from data import UserError
 
 
 class RMSNorm(nn.Module):
-    """N(u) = g * u / rms(u) over the last axis; computed in fp32, also under bf16 autocast."""
+    """N(u) = g * u / rms(u) over the last axis; in fp32 at least, also under bf16 autocast."""
 
     def __init__(self, width):
         super().__init__()
@@ -318,8 +318,8 @@ def carry_loss(model, batch, carry):
     The task's loss alone does not bring a state to rest: it may go round for ever among states that
     all give the right answer. So cfg.rest adds the motion of the last loop to the loss.
 
-    batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops that a
-    puzzle has had, see start_carry} -> loss, new carry.
+    batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops counted
+    for a puzzle} -> loss, new carry. The first carry is that of start_carry.
     """
     cfg = model.cfg
     new_x, new_y = batch
@@ -346,8 +346,8 @@ def carry_loss(model, batch, carry):
 def start_carry(model, batch):
     """The first carry: new puzzles, all at h_0 = e."""
     x, y = batch
-    # staggered, so that about as many puzzles are replaced in each step; those of this first batch
-    # therefore get fewer loops
+    # made-up ages, staggered, so that about as many puzzles are replaced in each step: therefore
+    # those of this first batch get fewer loops
     age = torch.arange(len(x), device=x.device) * model.cfg.loops // len(x)
     return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
 
@@ -397,7 +397,8 @@ def option(default, help, choices=(), low=None, group=None, tasks=()):
 class Config:
     """Options of a run. Raises UserError.
 
-    None becomes the task's own default (DEFAULTS, below); options without one stay None.
+    None becomes the default of the board's side, else of the task, else of BOARD (all below); an
+    option that has none stays None.
     """
 
     # task and data
@@ -418,8 +419,8 @@ class Config:
     heads: int = option(4, "attention heads")
     window: int = option(None, "a token sees so many around it, itself too; 0: all", low=0,
                          tasks=("prefix_sums",))
-    positions: str = option("absolute", "relative: RoPE alone; absolute: and a start token "
-                            "(strings), an embedding of each cell (boards)",
+    positions: str = option("absolute", "relative: RoPE only; absolute: RoPE and a start token "
+                            "(strings) or an embedding of each cell (boards)",
                             ("absolute", "relative"))
     blocks: int = option(1, "different blocks in a loop, one after the other")
     recall: str = option("internal", "where the input is re-injected",
@@ -450,10 +451,10 @@ class Config:
     eval_loops: int = option(None, "largest loop count of the table", group="evaluation")
     eval_every: int = option(100, "steps from one validation to the next")
     tol: float = option(1e-3, "converged: no token moves by more than this share of its size")
-    damping: float = option(None, "d in --watch, and in all --tries if there are more than one: "
-                            "h <- (1 - d) step(h) + d h", low=0)
-    tries: int = option(1, "tries in all, after the first one in a random symmetric form, until "
-                        "one converges", tasks=("sudoku",))
+    damping: float = option(None, "d in h <- (1 - d) step(h) + d h; of --watch, and of --tries "
+                            "above 1", low=0)
+    tries: int = option(1, "try a board so often until it converges, after the first time in a "
+                        "random symmetric form", tasks=("sudoku",))
     watch: bool = option(False, "with --resume: show how one puzzle is solved")
     puzzle: str = option(None, "the puzzle to watch: bits, a board with . for blanks, a FEN")
 
@@ -487,7 +488,7 @@ class Config:
             raise UserError(f"--window {self.window}: must be odd, or 0 for all tokens")
         if self.damping >= 1:
             raise UserError(f"--damping {self.damping}: must be below 1")
-        # fewer loops than that: backpropagate through all of them, in one step
+        # a puzzle with fewer loops than that gets all of them in one step
         self.grad_loops = min(self.grad_loops, self.loops)
 
     def check(self, field):
@@ -520,7 +521,7 @@ class Config:
 # -----------------------------------------------------------------------------
 # defaults of the tasks, and the authors' protocol
 
-# sudoku, and any task without a line of its own; a puzzle gets its 30 loops in 10 optimizer steps
+# sudoku, and what other tasks leave open; a puzzle gets its 30 loops in 10 optimizer steps
 BOARD = dict(n_train=20000, n_hard=256, window=0, loops=30, grad_loops=3, steps=8000, lr=4e-3,
              eval_loops=512, damping=0.25)
 DEFAULTS = {
@@ -622,25 +623,24 @@ def configure_optimizers(model, cfg):
     vectors = [p for p in model.parameters() if p.dim() < 2]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     if cfg.optimizer == "adamw":
-        groups = [
-            {"params": matrices, "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
-            {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
-        ]
-        return [torch.optim.AdamW(groups, fused=True)]
+        optimizers = []
+        lr_scale = 1.0
     elif cfg.optimizer == "muon":
         # Muon is meant for maps from hidden to hidden channels, not for the two ends
         ends = {id(p) for p in (model.tok_emb.weight, model.pos_emb, model.head[-1].weight)}
         hidden = [p for p in matrices if id(p) not in ends]
-        others = [p for p in matrices if id(p) in ends]
+        matrices = [p for p in matrices if id(p) in ends]
+        optimizers = [Muon([{"params": hidden, "lr_scale": 1.0}], cfg.weight_decay)]
         # half of Muon's rate was a good one for the rest, among the few that were tried
-        groups = [
-            {"params": others, "weight_decay": cfg.weight_decay, "lr_scale": 0.5},
-            {"params": vectors, "weight_decay": 0.0, "lr_scale": 0.5},
-        ]
-        muon = Muon([{"params": hidden, "lr_scale": 1.0}], cfg.weight_decay)
-        return [torch.optim.AdamW(groups, fused=True), muon]
+        lr_scale = 0.5
     else:
         raise ValueError(f"optimizer {cfg.optimizer!r} has no branch in configure_optimizers")
+
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay, "lr_scale": lr_scale},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": lr_scale},
+    ]
+    return optimizers + [torch.optim.AdamW(groups, fused=True)]
 
 
 def clone_weights(model):
@@ -666,7 +666,8 @@ def train(cfg, model, sets, out, checkpoint=None):
     x_all, y_all = sets["train"]
     device = x_all.device
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda")
-    # without its cache: a weight cast under no_grad would be used again without its gradient
+    # no cache of cast weights: progressive_loss loops under no_grad first, and the weights that are
+    # cast there have no gradient
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     optimizers = configure_optimizers(model, cfg)
@@ -676,7 +677,7 @@ def train(cfg, model, sets, out, checkpoint=None):
     if checkpoint is not None:
         run = {name: checkpoint[name] for name in run}
         restore(checkpoint, model, optimizers, rng)
-    if cfg.train != "progressive":      # it alone carries no states from step to step
+    if cfg.train != "progressive":      # all other losses carry states from step to step
         if run["carry"] is None:
             batch = get_batch(task, x_all, y_all, cfg.batch, rng)
             run["carry"] = start_carry(model, batch)
@@ -758,8 +759,8 @@ def chunk_size(x):
     return max(1, tokens // x.shape[1])
 
 
-# Unlike cfg.tol (1e-3), below which a puzzle counts as converged, this only saves work: a state
-# that moves less moves by rounding only, as float32 has steps of 1.2e-7.
+# A state that moves less moves by rounding only (float32 has steps of 1.2e-7), so that more loops
+# are wasted. It is far below cfg.tol (1e-3), below which a puzzle counts as converged.
 ROUNDING = 2e-6
 
 
