@@ -3353,13 +3353,13 @@ def test_pairs_are_compared_seed_by_seed_with_students_interval(raw):
             result["hard"]["128"]["exact"] = share
             result["halting"]["hard"] |= {"exact": share / 4, "tries": 10}
             path.write_text(json.dumps(result))
-    table = results.make_table(raw, "pairs made-up/* new old")
+    table = results.make_table(raw, "pairs made-up/new made-up/old")
 
     # the 97.5 % point of Student's t with two degrees of freedom is 4.303
     for way, scale in (("one pass", 1), ("up to 10 tries", 1 / 4)):
         gaps = [scale * gap for gap in (0.5, 0.375, 0.25)]      # of seeds 0, 1, 2
         half = 4.303 * statistics.stdev(gaps) / 3 ** 0.5
-        row = cells(table, f"new - old, {way}")
+        row = cells(table, f"made-up/new - old, {way}")
         assert row[5] == " ".join(f"{gap:+.3f}" for gap in gaps)
         mean, low, high = map(float, re.findall(r"[+-][\d.]+", row[6]))
         assert mean == pytest.approx(statistics.mean(gaps), abs=6e-4)

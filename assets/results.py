@@ -264,31 +264,6 @@ def loops_table(raw, *patterns):
     return markdown(["loops", "seeds x puzzles", *sorted(counts)], rows)
 
 
-def seeds_table(raw, *patterns):
-    """A row for every seed: the hard puzzles at the last two loop counts, and halting."""
-    rows = []
-    for name, runs in find_groups(raw, patterns).items():
-        for run in runs:
-            before, last = sorted(run.result["hard"], key=int)[-2:]
-            exact, converged, loops, n = run.halting("hard")
-            rows.append(
-                [
-                    f"{name} {run.seed}", run.n("hard"),
-                    f"{run.result['hard'][before]['exact']:.3f} at {before}",
-                    f"{run.exact('hard'):.3f} at {last}", f"{run.last('hard')['residual']:.0e}",
-                    f"{run.last('hard')['residual2']:.0e}", f"{converged:.0%} of {n}",
-                    f"{loops:.0f}", f"{exact:.3f}",
-                ]
-            )
-    return markdown(
-        [
-            "seed", "hard puzzles", "exact", "exact", "residual", "over two loops",
-            "converged by itself", "after loops", "exact then",
-        ],
-        rows,
-    )
-
-
 def halting_table(raw, *patterns):
     """How many puzzles converge by themselves, how many of those are right, after which loops."""
     head = ["run", "seeds"]
@@ -395,10 +370,11 @@ def grid_table(raw, *patterns):
     return markdown(head, rows)
 
 
-def pair_by_seed(groups, first, second):
+def pair_by_seed(ones, others):
     """Two groups of runs -> [(run of the first, run of the second)] for the seeds of both."""
-    ones, others = ({run.seed: run for run in groups[name]} for name in (first, second))
-    return [(ones[seed], others[seed]) for seed in sorted(ones.keys() & others.keys())]
+    first = {run.seed: run for run in ones}
+    second = {run.seed: run for run in others}
+    return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
 
 
 def mean_difference(gaps):
@@ -407,26 +383,23 @@ def mean_difference(gaps):
     return np.mean(gaps), t * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
 
 
-def pairs_table(raw, pattern, *names):
+def pairs_table(raw, *names):
     """Two variants seed by seed on hard puzzles: the mean difference, in one pass and with tries.
 
-    names: first and second, and perhaps more such pairs. The row for tries is there if all the runs
-    had the same number, for all their puzzles.
+    names: first and second, and perhaps more such pairs, of folders without their -seedN. The row
+    for tries is there if all the runs had the same number, for all their puzzles.
     """
-    groups = find_groups(raw, [pattern])
-    for name in names:
-        if name not in groups:
-            raise UserError(f"{raw / pattern}: no run {name} there")
     rows = []
     for first, second in zip(names[::2], names[1::2], strict=True):
-        rows += difference_rows(groups, first, second)
+        rows += difference_rows(raw, first, second)
     head = ["hard", "paired seeds", "puzzles a seed", "first", "second", "each", "mean difference"]
     return markdown(head, rows)
 
 
-def difference_rows(groups, first, second):
+def difference_rows(raw, first, second):
     """-> the rows of one pair of variants."""
-    pairs = pair_by_seed(groups, first, second)
+    (ones,), (others,) = (find_groups(raw, [f"{name}-seed*"]).values() for name in (first, second))
+    pairs = pair_by_seed(ones, others)
     if len(pairs) < 2:
         raise UserError(f"{first}, {second}: a pair needs two seeds in common")
 
@@ -438,12 +411,12 @@ def difference_rows(groups, first, second):
         shares[f"up to {min(tries)} tries"] = solved
     rows = []
     for way, solved in shares.items():
-        ones, others = zip(*solved, strict=True)
-        gaps = [one - other for one, other in zip(ones, others, strict=True)]
+        of_first, of_second = zip(*solved, strict=True)
+        gaps = [one - other for one, other in zip(of_first, of_second, strict=True)]
         mean, half = mean_difference(gaps)
         rows.append([
-            f"{first} - {second}, {way}", len(pairs), sizes(groups[first], "hard"), spread(ones),
-            spread(others), each(gaps, "+.3f"),
+            f"{first} - {Path(second).name}, {way}", len(pairs), sizes(ones, "hard"),
+            spread(of_first), spread(of_second), each(gaps, "+.3f"),
             f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]",
         ])
     return rows
@@ -500,17 +473,6 @@ def has_axis(records, key):
 
 def column(records, key):
     return [float(record[key]) for record in records]
-
-
-def trained_table(raw, file):
-    """Hard accuracy beside the axes; a number for every seed."""
-    rows = []
-    for name, records in read_axes(raw, file).items():
-        hard = column(records, "hard")
-        cells = [each(column(records, key), form) for key, (_, form) in AXES.items()]
-        rows.append([-np.mean(hard), name, each(hard), *cells])
-    rows = [row[1:] for row in sorted(rows)]
-    return markdown(["run", "hard, each seed", *(title for title, _ in AXES.values())], rows)
 
 
 def ranks(values):
@@ -607,40 +569,6 @@ def count_table(raw, file):
     return markdown(["limits (strings that converge)", *(f"all {2 ** n}" for n in bits)], rows)
 
 
-def followed_table(raw, file):
-    """Loops without recall, followed for a long time: how many limits, how many right?"""
-    head = ["loops", "converged", "distinct limits", "solved"]
-    rows = []
-    for record in read_json(raw / file):
-        for row in record["follow"]:
-            n = record["inputs"]
-            rows.append(
-                [
-                    f"{record['run']}, {row['loops']:,}", f"{row['converged']} of {n}",
-                    row["distinct"], f"{row['exact']:.3f}",
-                ]
-            )
-    return markdown(head, rows)
-
-
-def legal_table(raw, file):
-    """Chess: marks alone, and the legal move with the largest marks."""
-    head = ["positions, loops", "solved", "marks are a legal move", "solved, of legal moves only"]
-    rows = []
-    for name, found in read_json(raw / file).items():
-        cells = [found[key] for key in ("free", "answer_is_legal", "among_legal")]
-        rows.append([name.replace(" ", ", "), *(f"{cell:.3f}" for cell in cells)])
-    return markdown(head, rows)
-
-
-def overlap_table(raw, file):
-    """How many puzzles of a split are those of the training set in another guise."""
-    found = read_json(raw / file)
-    rows = [[split, *counts.values()] for split, counts in found.items()]
-    head = next(iter(found.values()))
-    return markdown(["boards, split", *head], rows)
-
-
 def theory_table(raw, *folders):
     """How many seeds of theory.py hold every row, a folder for each set of seeds."""
     rows = []
@@ -700,11 +628,9 @@ def tries_table(raw, file):
 
 
 TABLES = {
-    "runs": runs_table, "front": front_table, "loops": loops_table, "seeds": seeds_table,
-    "halting": halting_table, "learnt": learnt_table, "rates": rates_table,
-    "grid": grid_table, "pairs": pairs_table, "trained": trained_table,
-    "rank": rank_table, "limits": limits_table, "count": count_table, "followed": followed_table,
-    "legal": legal_table, "overlap": overlap_table, "theory": theory_table,
+    "runs": runs_table, "front": front_table, "loops": loops_table, "halting": halting_table,
+    "learnt": learnt_table, "rates": rates_table, "grid": grid_table, "pairs": pairs_table,
+    "rank": rank_table, "limits": limits_table, "count": count_table, "theory": theory_table,
     "damping": damping_table, "left_out": left_out_table, "tries": tries_table,
 }
 
@@ -781,7 +707,8 @@ def phrases(raw):
     # boards, tried again
     shares = [np.mean([run.halting("hard")[0] for run in find_groups(raw, [pattern])["internal"]])
               for pattern in ("current/sudoku6/internal-*", "current/sudoku9/internal-*")]
-    said.append("solves {:.3f} of the hard 6x6 and {:.3f} of the hard 9x9 boards".format(*shares))
+    said.append("`--tries 10` solves {:.3f} of the hard 6x6 and {:.3f} of the hard 9x9 "
+                "boards".format(*shares))
 
     # without recall
     groups = find_groups(raw, ["grid/prefix_sums/none-*"])
@@ -808,7 +735,7 @@ def phrases(raw):
     said.append(f"no such entry of the table loses more than {most:.3f}")
 
     # internal against external recall on 9x9 boards, paired by seed
-    pairs = pair_by_seed(boards, "internal-outer", "external-outer")
+    pairs = pair_by_seed(boards["internal-outer"], boards["external-outer"])
     mean, half = mean_difference([one.exact("hard") - other.exact("hard") for one, other in pairs])
     said.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
 
