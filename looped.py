@@ -845,58 +845,72 @@ def evaluate(model, x, y, counts, **options):
 
 @torch.inference_mode()
 def evaluate_and_halt(model, x, y, counts, progress=None, freeze_below=ROUNDING, tol=1e-3):
-    """-> what evaluate() returns, and what solve() would say, in one pass over the loops.
+    """-> what evaluate() returns, and what solve() finds, in one pass over the loops.
 
-    That is labels [N, L], loops used [N] and converged [N] of puzzles that stop when they have
-    converged (a residual below tol), or else at the largest loop count. A puzzle that moves less
-    than freeze_below is looped no more: its residual2 is then 0. progress(done, N) is called now
-    and then.
+    The latter is labels [N, L], loops used [N] and converged [N] of puzzles that stop when they
+    have converged (a residual below tol), or else at the largest loop count. A puzzle that moves
+    less than freeze_below is looped no more: its residual2 is then 0. progress(done, N) is called
+    now and then.
     """
     if min(counts) < 1:
         raise UserError(f"loop counts start at 1, not at {min(counts)}")
+    size = chunk_size(x)
+    tables = []
+    halted = []
+    done = 0
+    for xb, yb in zip(x.split(size), y.split(size), strict=True):
+        table, *rest = evaluate_chunk(model, xb, yb, counts, freeze_below, tol)
+        tables.append(table)
+        halted.append(rest)
+        done += len(xb)
+        if progress is not None:
+            progress(done, len(x))
+
+    means = {t: {} for t in counts}
+    for t in counts:
+        for name in tables[0][t]:
+            means[t][name] = torch.cat([table[t][name] for table in tables]).mean().item()
+    labels, used, converged = (torch.cat(column) for column in zip(*halted, strict=True))
+    return means, labels, used, converged
+
+
+def evaluate_chunk(model, x, y, counts, freeze_below, tol):
+    """evaluate_and_halt for puzzles that are looped together.
+
+    -> {t: {name: [N]}}, labels [N, L], loops used [N], converged [N].
+    """
+    scored = model.task.scored(x)
     last = max(counts)
-    names = ("exact", "token", "residual", "residual2", "norm_ratio")
-    table = {t: {name: torch.zeros(len(x), device=x.device) for name in names} for t in counts}
-    labels = torch.empty_like(y)
+    table = {t: {} for t in counts}
+    kept = {}
     used = torch.zeros(len(x), dtype=torch.long, device=x.device)
     converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
-    size = chunk_size(x)
-    for start in range(0, len(x), size):
-        chunk = slice(start, start + size)      # a slice: x[chunk][...] = writes through to x
-        scored = model.task.scored(x[chunk])
-        kept = {}
+    # two loops more than asked for: the residuals of the last count look ahead. No puzzle is frozen
+    # above tol, where it could not be seen to converge
+    for t, h, residual in run_loop(model, x, last + 2, min(freeze_below, tol)):
+        if t == 1:
+            first_norm = h.norm(dim=(1, 2))
+            halted = torch.empty_like(h)
+        if t in table:
+            right = model.task.predict(model.readout(h)) == y
+            table[t]["exact"] = right.all(-1).float()
+            table[t]["token"] = (right & scored).sum(-1) / scored.sum(-1).clamp(min=1)
+            table[t]["norm_ratio"] = h.norm(dim=(1, 2)) / first_norm
+            kept[t] = h.clone()
+        # how far this loop moved the state is how far one more loop moves that of count t - 1
+        if t - 1 in table:
+            table[t - 1]["residual"] = residual.clone()
+        if t - 2 in table:
+            table[t - 2]["residual2"] = relative_change(h, kept.pop(t - 2))
 
-        # two loops more than asked for: the residuals of the last count look ahead. No puzzle is
-        # frozen above tol, where it could not be seen to converge
-        for t, h, residual in run_loop(model, x[chunk], last + 2, min(freeze_below, tol)):
-            if t == 1:
-                first_norm = h.norm(dim=(1, 2))
-                halted = torch.empty_like(h)
-            if t in table:
-                right = model.task.predict(model.readout(h)) == y[chunk]
-                table[t]["exact"][chunk] = right.all(-1)
-                table[t]["token"][chunk] = (right & scored).sum(-1) / scored.sum(-1).clamp(min=1)
-                table[t]["norm_ratio"][chunk] = h.norm(dim=(1, 2)) / first_norm
-                kept[t] = h.clone()
-            # how far this loop moved the state is how far one more loop moves that of count t - 1
-            if t - 1 in table:
-                table[t - 1]["residual"][chunk] = residual
-            if t - 2 in table:
-                table[t - 2]["residual2"][chunk] = relative_change(h, kept.pop(t - 2))
-
-            # what solve() returns: the state of the loop in which a puzzle stops by itself
-            if t <= last:
-                stops = ~converged[chunk] & ((residual < tol) | (t == last))
-                halted[stops] = h[stops]
-                used[chunk][stops] = t
-                converged[chunk] |= residual < tol
-        labels[chunk] = model.task.predict(model.readout(halted))
-        if progress is not None:
-            progress(min(start + size, len(x)), len(x))
-
-    means = {t: {name: row.mean().item() for name, row in table[t].items()} for t in counts}
-    return means, labels, used, converged
+        # what solve() returns: the state of the loop in which a puzzle stops by itself
+        if t <= last:
+            stops = ~converged & ((residual < tol) | (t == last))
+            halted[stops] = h[stops]
+            used[stops] = t
+            converged |= residual < tol
+    return table, model.task.predict(model.readout(halted)), used, converged
 
 
 def wilson(rate, n):

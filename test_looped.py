@@ -2683,13 +2683,21 @@ def test_of_two_processes_that_write_one_file_neither_sees_the_others_half(tmp_p
 
 
 def test_the_clock_and_the_time_left(capsys, monkeypatch):
-    now = iter([0, 10, 20, 21, 40])
+    now = iter([0, 10, 20, 21, 40, 41])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     report = data.progress("work")
-    for done in (1, 25, 26, 50):
+    for done in (1, 25, 26, 50, 100):
         report(done, 100)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["work: 25 of 100, 1:00 left", "work: 50 of 100, 0:40 left"]
+    assert lines == ["work: 25 of 100, 1:00 left", "work: 50 of 100, 0:40 left",
+                     "work: 100 of 100, 0:00 left"]         # the last one, however soon
+
+
+def test_work_that_is_done_soon_shows_no_progress(capsys):
+    report = data.progress("work")
+    for done in (1, 2, 3):
+        report(done, 3)
+    assert capsys.readouterr().err == ""
     assert data.clock(3725.9) == "62:05"
 
 
