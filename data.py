@@ -80,9 +80,10 @@ class Task:
     A subclass must set every attribute that has no value below, and write chunk, draw and read, and
     also convert if it sets `columns`.
 
-    In looped.py only those options can be set that Config has under the same name: add a field
-    there with tasks=("yours",), or add your task to the tasks= of one that exists. Defaults for
-    training are a line in DEFAULTS there; without one a task gets those of BOARD.
+    Options are int, float or str. In looped.py only those can be set that Config has under the same
+    name: add a field there with tasks=("yours",), or add your task to the tasks= of one that
+    exists; one that shapes hard puzzles alone goes into MAY_CHANGE, too. Defaults for training are
+    a line in DEFAULTS there; without one a task gets those of BOARD.
     """
 
     name: str           # what --task calls it
@@ -115,11 +116,17 @@ class Task:
         raise NotImplementedError
 
     def draw(self, x, answers):
-        """x [L] -> its text for a reader; answers {i: text of token i's answer}, may be empty."""
+        """x [L] -> its text for a reader; answers {i: text of token i's answer}, may be empty.
+
+        An answer may be wider than its symbol: --watch adds a mark.
+        """
         raise NotImplementedError
 
     def read(self, text):
-        """A puzzle as text() writes it -> x [L], solution y [L] or None; or ValueError."""
+        """A puzzle as text() writes it, perhaps with blanks -> x [L], solution y [L] or None.
+
+        Raises ValueError with the reason if it is none: a board must have the size of grid.
+        """
         raise NotImplementedError
 
     def convert(self, *texts):
@@ -204,6 +211,8 @@ class Task:
     def verdict(self, text, y):
         """The text of a puzzle and labels y [L] -> one line on whether they solve it."""
         x, solution = self.parse(text)
+        if solution is None:
+            return "no solution is known to compare with"
         wrong = solution != np.asarray(y)
         if wrong.any():
             asked = self.scored(x) | wrong      # a clue that was changed counts, too
@@ -1067,7 +1076,7 @@ def too_few(split, need, count, source):
     option = "n_test" if split == "easy" else f"n_{split}"
     there = ", ".join(f"{n:,} {name}" for name, n in count.items())
     return UserError(f"{need[split]:,} {split} puzzles asked for, but {source} has only {there}: "
-                     f"ask for fewer ({option})")
+                     f"ask for fewer (--{option})")
 
 
 def stack(task, rows):
@@ -1344,7 +1353,7 @@ class Parser(argparse.ArgumentParser):
     """Errors are one line, with exit code 2."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def parse(argv):

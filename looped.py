@@ -246,8 +246,6 @@ class LoopedTransformer(nn.Module):
             # external recall: the residual stream itself is mixed with the input
             if recall == "external":
                 h = (self.W_h(h) + r).to(h.dtype)       # h <- W_h h + W_e e
-            elif recall not in ("none", "internal"):
-                raise ValueError(f"recall {recall!r} has no branch in LoopedTransformer.step")
 
             for sublayer in (block.attn, block.mlp):
 
@@ -257,6 +255,8 @@ class LoopedTransformer(nn.Module):
                     u = block.norm_in(h)                # u <- N(h)
                 if recall == "internal":
                     u = self.W_h(u) + r                 # u <- W_h u + W_e e
+                elif recall not in ("none", "external"):
+                    raise ValueError(f"recall {recall!r} has no branch in LoopedTransformer.step")
                 f = sublayer(u)
 
                 # how its output joins the state
@@ -628,8 +628,8 @@ def configure_optimizers(model, cfg):
     elif cfg.optimizer == "muon":
         # Muon is meant for maps from hidden to hidden channels, not for the two ends
         ends = {id(p) for p in (model.tok_emb.weight, model.pos_emb, model.head[-1].weight)}
-        hidden = [p for p in matrices if id(p) not in ends]
-        matrices = [p for p in matrices if id(p) in ends]
+        hidden = [p for p in matrices if p.dim() == 2 and id(p) not in ends]
+        matrices = [p for p in matrices if p.dim() > 2 or id(p) in ends]
         optimizers = [Muon([{"params": hidden, "lr_scale": 1.0}], cfg.weight_decay)]
         # half of Muon's rate was a good one for the rest, among the few that were tried
         lr_scale = 0.5
@@ -1167,8 +1167,8 @@ def check_options(given, cfg):
         if name in given and tasks and cfg.task not in tasks:
             raise UserError(f"--{name}: is an option of {', '.join(tasks)}, not of {cfg.task}")
     for name in ("rest", "grad_loops"):
-        if name in given and cfg.train == "progressive":
-            raise UserError(f"--{name} is not for --train progressive: leave the option out")
+        if name in given and cfg.train != "carry":
+            raise UserError(f"--{name} is not for --train {cfg.train}: leave the option out")
     if cfg.watch and cfg.resume is None:
         raise UserError("--watch needs a trained model: --resume RUN")
     if cfg.puzzle is not None and not cfg.watch:

@@ -1806,6 +1806,23 @@ def test_options_of_other_tasks_and_of_the_model_are_none_of_a_new_task(monkeypa
     assert (task.width, task.bits, task.positions) == (3, 7, "relative")
 
 
+def test_options_of_carry_are_refused_for_any_other_loss(monkeypatch, capsys):
+    field = looped.Config.__dataclass_fields__["train"]
+    more = dict(field.metadata) | {"choices": ("carry", "mine")}
+    monkeypatch.setattr(field, "metadata", more)
+    assert "--rest is not for --train mine" in fails(capsys, flags(train="mine", rest=0.3))
+
+
+def test_a_puzzle_whose_solution_is_not_known_is_not_called_wrong():
+    class Open(data.PrefixSums):
+        def read(self, text):
+            x, _ = super().read(text)
+            return x, None
+
+    assert "no solution is known" in Open().verdict("1101", [0, 1, 0, 0, 1])
+    assert data.PrefixSums().verdict("1101", [0, 1, 0, 0, 1]) == "solved"       # control
+
+
 def test_a_board_of_another_size_is_refused_before_training():
     cfg = tiny(**BOARD)
     small = data.splits(cfg.make_task(), 0, 8, 8, 8, 8)

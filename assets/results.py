@@ -1207,8 +1207,8 @@ def movie(out):
 
 def parse(argv):
     """The command line -> its arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False,
+    parser = data.Parser(
+        "results.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
