@@ -134,12 +134,11 @@ class Task:
         raise NotImplementedError
 
     def verify(self, x, y):
-        """Rows of a file, x, y [N, L] -> N error messages, "" for a good row; one ends it all."""
+        """Rows of a file, x, y [N, L] -> N error messages; one that is not "" ends the reading."""
         return [""] * len(x)
 
     def keys(self, x, y):
-        """x, y [N, L] -> [N, K]; puzzles with equal keys count as one, and a key decides its split.
-        """
+        """x, y [N, L] -> [N, K]: puzzles with one key count as one, and it decides their split."""
         return x
 
     # ---- training and evaluation
