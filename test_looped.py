@@ -1188,20 +1188,10 @@ def test_every_training_puzzle_is_drawn():
 
 
 def test_time_in_validation_is_left_to_come_but_not_training_time(tmp_path, monkeypatch, capsys):
-    now = [0.0]
-    real_loss = looped.compute_loss
-    real_evaluate = looped.evaluate
-
-    def loss(*args):
-        now[0] += 1
-        return real_loss(*args)
-
-    def evaluate(*args, **options):
-        now[0] += 100
-        return real_evaluate(*args, **options)
-    monkeypatch.setattr(looped.time, "time", lambda: now[0])
-    monkeypatch.setattr(looped, "compute_loss", loss)
-    monkeypatch.setattr(looped, "evaluate", evaluate)
+    spent = []
+    spy(monkeypatch, "compute_loss", lambda *args: spent.append(1))
+    spy(monkeypatch, "evaluate", lambda *args: spent.append(100))
+    monkeypatch.setattr(looped.time, "time", lambda: sum(spent))
     cfg = tiny()                                            # six steps, three validations
     looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), tmp_path)
     assert looped.read_checkpoint(tmp_path)[0]["seconds"] == 6
@@ -1633,17 +1623,15 @@ def test_a_stopped_run_exits_130_and_the_printed_command_finishes_it_bit_for_bit
     capsys.readouterr()
 
     # the signal comes in the second validation: steps 3 and 4 are lost
-    real = looped.evaluate
     validations = []
 
-    def evaluate(*args, **options):
+    def look(*args):
         validations.append(None)
         if len(validations) == 2:
             os.kill(os.getpid(), number)
-        return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(looped, "evaluate", evaluate)
+        spy(patch, "evaluate", look)
         line = fails(capsys, [*argv, "--out", "cut in two"], code=130)
     assert looped.read_checkpoint("cut in two")[0]["step"] == 2
 
@@ -2708,6 +2696,7 @@ def test_the_clock_and_the_time_left(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["work: 25 of 100, 1:00 left", "work: 50 of 100, 0:40 left",
                      "work: 100 of 100, 0:00 left"]         # the last one, however soon
+    assert data.clock(3725.9) == "62:05"
 
 
 def test_work_that_is_done_soon_shows_no_progress(capsys):
@@ -2715,7 +2704,6 @@ def test_work_that_is_done_soon_shows_no_progress(capsys):
     for done in (1, 2, 3):
         report(done, 3)
     assert capsys.readouterr().err == ""
-    assert data.clock(3725.9) == "62:05"
 
 
 # command line
@@ -2988,6 +2976,17 @@ def test_every_other_state_that_goes_astray_fails_the_claim(name, what, row_of, 
     monkeypatch.setattr(theory, "iterate", iterate)
     rows = (row for row in theory.CLAIMS[name](0, quick=True) if row_of in row.what)
     assert any(not row.passed and not is_control(row) for row in rows)
+
+
+def test_the_controls_of_r5_fail_where_everything_comes_to_rest(monkeypatch):
+    real = theory.iterate
+
+    def at_rest(f, h, loops):
+        h, motion = real(f, h, loops)
+        return h, torch.zeros_like(motion)
+    monkeypatch.setattr(theory, "iterate", at_rest)
+    controls = [row for row in theory.CLAIMS["R5"](0, quick=True) if is_control(row)]
+    assert [row.passed for row in controls] == [False] * 2
 
 
 TWICE = torch.tensor([1.0, 2.0])[:, None, None]       # at the second of two loop counts

@@ -425,13 +425,13 @@ def difference_rows(raw, first, second):
 # ----------------------------------------------------------------------------
 # tables of measurements in float64, of claims, of halting
 
-AXES = {  # a key of theory.py's records: how it is shown, and how it is written
-    "converged": ("converged", ".0%"),
-    "norm_ratio": ("norm ratio", ".3g"),
-    "distinct": ("distinct limits", ".0f"),
-    "rho": ("rho(J*)", ".2f"),
-    "sensitivity_30_100_500": ("dh/de, last", ".2g"),
-    "swapped_to_new": ("input swapped: off the new limit", ".0e"),
+AXES = {  # a key of theory.py's records: how it is shown
+    "converged": "converged",
+    "norm_ratio": "norm ratio",
+    "distinct": "distinct limits",
+    "rho": "rho(J*)",
+    "sensitivity_30_100_500": "dh/de, last",
+    "swapped_to_new": "input swapped: off the new limit",
 }
 
 
@@ -501,7 +501,7 @@ def rank_table(raw, *files):
     A variant that lacks the axis is left out (has_axis).
     """
     head = ["rank correlation with hard accuracy"]
-    titles = {key: title for key, (title, _) in AXES.items()} | COUNTS
+    titles = AXES | COUNTS
     rows = [[title] for title in titles.values()]
     for file in files:
         head += [Path(file).stem, "shuffled"]
@@ -717,9 +717,10 @@ def phrases(raw):
     best = max(runs, key=lambda run: run.exact("hard"))
     said.append(f"Of {len(runs)} such runs ({len(groups)} norms) {len(some)} solve any string of "
                 f"256 bits, the best {best.exact('hard'):.2f} of them")
-    late = read_run(raw / "current/none/long/none-outer-seed1-2048/eval.json").result["hard"]
-    same = [round(64 * late[t]["exact"]) for t in ("256", "2048")]
-    said.append("{} of 64 after 256 loops and {} after 2,048".format(*same))
+    run = read_run(raw / "current/none/long/none-outer-seed1-2048/eval.json")
+    n = run.n("hard")
+    early, late = (round(n * run.result["hard"][t]["exact"]) for t in ("256", "2048"))
+    said.append(f"{early} of {n} after 256 loops and {late} after 2,048")
 
     # 9x9 boards that are forgotten
     boards = find_groups(raw, ["grid/sudoku9/*"])
@@ -910,7 +911,7 @@ def axes_figure(raw, out, folder="grid"):
                     color=RECALL_COLOURS[recall], alpha=0.75, markersize=5,
                     label=name.replace("-", ", "),
                 )
-                axis.set_xlabel(AXES[key][0])
+                axis.set_xlabel(AXES[key])
         row[2].set_xscale("log")
         row[0].set_ylabel(f"{FRONT[task][0]}: hard ones solved", fontsize=8.5)
     axes[0, 1].legend(frameon=False, fontsize=6.5)
