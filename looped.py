@@ -142,16 +142,28 @@ def windowed_attention(q, k, v, window):
     ends windows shift inwards, so that every token sees `window` tokens.
     """
     L, _, head_dim = q.shape[1:]
-    first = torch.arange(L, device=q.device) - window // 2
-    first = first.clamp(0, L - window)                                  # the first that it sees
-    seen = first[:, None] + torch.arange(window, device=q.device)       # (L, window)
+    k = pad_ends(k, window)
+    v = pad_ends(v, window)
 
-    # index_select, because the gradient of k[:, seen] is twice as slow
-    near_k = k.index_select(1, seen.flatten()).unflatten(1, seen.shape)     # (B, L, window, H, D/H)
-    near_v = v.index_select(1, seen.flatten()).unflatten(1, seen.shape)
-    score = (q[:, :, None] * near_k).sum(-1) / math.sqrt(head_dim)          # (B, L, window, H)
-    weight = score.softmax(dim=2)
-    return (weight[..., None] * near_v).sum(2)                              # (B, L, H, D/H)
+    # token i sees the padded places i to i + window - 1: a slice for each of the neighbours
+    score = [(q * k[:, j:j + L]).sum(-1) for j in range(window)]            # each (B, L, H)
+    weight = (torch.stack(score) / math.sqrt(head_dim)).softmax(dim=0)      # (window, B, L, H)
+    return sum(weight[j, ..., None] * v[:, j:j + L] for j in range(window))     # (B, L, H, D/H)
+
+
+def pad_ends(u, window):
+    """u [B, L, ...] -> [B, L + window - 1, ...], so that no window sticks out. A window of 5 has
+
+        d e | a b c d e f ... u v w x y z | v w
+
+    so that a sees (d e a b c) and b sees (e a b c d): both see the first five tokens, in another
+    order, which attention does not mind.
+    """
+    L = u.shape[1]
+    before = window // 2
+    left = u[:, window - before:window]
+    right = u[:, L - window:L - before - 1]
+    return torch.cat((left, u, right), dim=1)
 
 
 class Block(nn.Module):
