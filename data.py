@@ -1381,6 +1381,9 @@ def parse(argv):
 
 def run(program, work):
     """work() -> exit code. A user's mistake is one line on stderr, a bug keeps its traceback."""
+    # for terminals that cannot show everything
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     # a cluster's stop is treated like Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

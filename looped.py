@@ -14,31 +14,32 @@ and in two choices that decide what the fixed points are like:
                         (external recall), or only into what a sub-layer reads (internal)
     outer norm          the norm comes after the residual sum, so that it bounds the state
 
-This is an independent reading of its abstract and its public code, not the authors' own. To run it:
+This is an independent reading of its abstract and its public code, not the author's own. To run it:
 
     python looped.py --task prefix_sums --recall internal   # laptop: train on 32 bits, solve 512
-    python looped.py --task chess --preset paper            # GPU: the authors' protocol
+    python looped.py --task chess --preset paper            # GPU: the author's protocol
 
 The whole idea is in LoopedTransformer.step (where does the input come in again, and where is the
 norm?) and in carry_loss (how to train a loop without unrolling all of it). Notation:
 
-    x, y [B, L]  token ids and labels of B puzzles of L tokens
+    x, y [B, L]  token ids and labels of B puzzles of L tokens ([N, L]: of a whole set)
     e [B, L, D]  embedded input, D channels wide
     h [B, L, D]  state; h_0 = e
-    r [B, L, D]  W_e e, what recall adds in every loop; its other map W_h acts on the state
+    r [B, L, D]  W_e e, what recall adds in every loop; recall's other map, W_h, acts on the state
     N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
     F(u)         a sub-layer, attention or MLP (in the code F is torch.nn.functional)
 
-A loop is one call of LoopedTransformer.step. A step, as in --steps, is one of the optimizer: a few
-more loops of each puzzle in the batch, then one update of the weights. cfg is a Config (below):
-every field is an option of the command line. The puzzles are in data.py. A Task there has a loss
-(cross-entropy of the tokens), predict (logits -> labels), scored (which tokens are asked for),
-augment and rename (a random symmetry).
+A loop is one call of LoopedTransformer.step. Everywhere else a step, as in --steps, is one of the
+optimizer: one update of the weights, by default after a few more loops of each puzzle in the batch.
+cfg is a Config (below): every field is an option of the command line. The puzzles are in data.py. A
+Task there has a loss (cross-entropy of the tokens), predict (logits -> labels), scored (the tokens
+that are asked for), augment and rename (a random symmetry).
 
 Not in the paper: carry_loss() with its rest term, Muon, damping and tries in solve(), a start token
 before strings (added by data.py), an embedding for each cell of a board (--positions absolute).
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import io
@@ -120,7 +121,7 @@ class Attention(nn.Module):
         H = self.heads
         # boards have one size, but strings may be longer than those in training
         grid = self.grid if len(self.grid) > 1 else (L,)
-        # in the dtype of the weights: under bf16 that of u has too few digits for angles
+        # in the dtype of the weights: u may be bf16, which has too few digits for angles
         cos, sin = rotary_table(grid, D // H, self.rope_base, self.q_norm.weight)
 
         q, k, v = self.qkv(u).view(B, L, 3, H, D // H).unbind(2)        # each (B, L, H, D/H)
@@ -156,8 +157,8 @@ def pad_ends(u, window):
 
         d e | a b c d e f ... u v w x y z | v w
 
-    so that a sees (d e a b c) and b sees (e a b c d): both see the first five tokens, in another
-    order, which attention does not mind.
+    so that a sees (d e a b c) and b sees (e a b c d): both see the first five tokens. Their order
+    is of no account, as RoPE has rotated each k by its true place already.
     """
     L = u.shape[1]
     before = window // 2
@@ -167,10 +168,10 @@ def pad_ends(u, window):
 
 
 class Block(nn.Module):
-    """The two sub-layers and their norms. There is no forward: recall comes in between norm and
-    sub-layer, so LoopedTransformer.step puts them together:
+    """The two sub-layers F and their norms. There is no forward: recall comes in between norm and
+    sub-layer, so LoopedTransformer.step puts them together. Without recall:
 
-        norm       a sub-layer reads    the state becomes
+        norm       F reads u =          the state becomes
         pre        N(h)                 h + F(u)
         peri       N(h)                 h + N(F(u))
         outer      h                    N(h + F(u))
@@ -211,13 +212,17 @@ class LoopedTransformer(nn.Module):
         D = cfg.width
 
         self.tok_emb = nn.Embedding(self.task.vocab, D)
+        # the size of e relative to h sets the strength of recall, so it is set here
+        with torch.no_grad():
+            self.tok_emb.weight *= cfg.embed_rms / self.tok_emb.weight.square().mean().sqrt()
+
         self.pos_emb = None
         if len(self.task.grid) > 1 and cfg.positions == "absolute":
             cells = math.prod(self.task.grid)
             # half the size of the token embedding, so that tokens dominate
             self.pos_emb = nn.Parameter(0.5 * cfg.embed_rms * torch.randn(cells, D))
 
-        # one pair of maps for the whole model
+        # one pair of maps, shared by all blocks and both sub-layers
         if cfg.recall != "none":
             self.W_h = nn.Linear(D, D)
             self.W_e = nn.Linear(D, D)
@@ -226,10 +231,6 @@ class LoopedTransformer(nn.Module):
         self.head = nn.Sequential(
             RMSNorm(D), nn.Linear(D, D), nn.GELU(), nn.Linear(D, self.task.classes)
         )
-
-        # the size of e relative to h sets the strength of recall, so it is set here
-        with torch.no_grad():
-            self.tok_emb.weight *= cfg.embed_rms / self.tok_emb.weight.square().mean().sqrt()
 
     def embed(self, x):
         """x [B, L] of any integer type -> e [B, L, D]."""
@@ -245,11 +246,11 @@ class LoopedTransformer(nn.Module):
         return self.W_e(e)
 
     def step(self, h, r):
-        """One turn of the loop: h [B, L, D], r from recall() -> h [B, L, D].
+        """One loop: h [B, L, D], r from recall() -> h [B, L, D].
 
         Both choices of the paper are made here: where does the input come in again, and where is
         the norm? Under autocast to bf16 the state stays in fp32: h + f is fp32 because h is, and
-        where the state is no such sum, .to(h.dtype) makes it so.
+        what is no such sum, external recall and the gate, is cast by .to(h.dtype).
         """
         recall = self.cfg.recall
         norm = self.cfg.norm
@@ -321,17 +322,19 @@ def carry_loss(model, batch, carry):
     takes its place.
 
     Why old states will do: near a fixed point that attracts, where the spectral radius (the largest
-    |eigenvalue|) of dh_{t+1}/dh_t is below 1, the state forgets its path. So a state of slightly
-    older weights is as good a start as a new one, and the gradient terms that are cut off shrink
-    geometrically. (Without recall the answer has to depend on the path, and this does not hold. And
-    where states are seldom at rest, as on 9x9 boards, the terms are large: theory.py --ckpt
-    measures them.)
+    |eigenvalue|) of the Jacobian dh_{t+1}/dh_t is below 1, the state forgets where it came from. So
+    a state that slightly older weights have made is as good a start as any, and what is cut off,
+    the gradient through the loops of earlier steps, shrinks geometrically, loop by loop. Where this
+    does not hold: without recall the puzzle is known from h_0 only, which the state must therefore
+    not forget; and where states are seldom at rest, as on 9x9 boards, what is cut off is large
+    (theory.py --ckpt measures it).
 
     The task's loss alone does not bring a state to rest: it may go round for ever among states that
-    all give the right answer. So cfg.rest adds the motion of the last loop to the loss.
+    all give the right answer. So the loss has a rest term: cfg.rest times the motion of the last
+    loop.
 
-    batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops counted
-    for a puzzle} -> loss, new carry. The first carry is that of start_carry.
+    batch: new x, y [B, L]. carry: {"x", "y" [B, L], "h" [B, L, D], "age" [B]: the loops that a
+    puzzle has had, see start_carry} -> loss, new carry.
     """
     cfg = model.cfg
     new_x, new_y = batch
@@ -345,9 +348,9 @@ def carry_loss(model, batch, carry):
     logits, h, old = model(x, cfg.grad_loops, carry["h"], restart=done)
     loss = model.task.loss(logits, y)
 
-    # the rest term punishes motion in the last loop: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens
-    # (relative_change(), for the tables, takes the largest of the tokens instead); the denominator
-    # is detached, so that a larger h does not lower it
+    # the rest term: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens (relative_change(), for tables,
+    # takes the largest of the tokens, and no squares). The denominator is detached, so that to make
+    # h larger does not lower the loss
     motion = (h - old).square().sum(-1) / h.detach().square().sum(-1)
     loss = loss + cfg.rest * motion.mean()
 
@@ -358,8 +361,8 @@ def carry_loss(model, batch, carry):
 def start_carry(model, batch):
     """The first carry: new puzzles, all at h_0 = e."""
     x, y = batch
-    # made-up ages, staggered, so that about as many puzzles are replaced in each step: therefore
-    # those of this first batch get fewer loops
+    # made-up ages, staggered: otherwise all puzzles would be replaced in the same step, instead of
+    # about as many in each. The price: most of this first batch get fewer loops
     age = torch.arange(len(x), device=x.device) * model.cfg.loops // len(x)
     return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
 
@@ -409,8 +412,8 @@ def option(default, help, choices=(), low=None, group=None, tasks=()):
 class Config:
     """Options of a run. Raises UserError.
 
-    None becomes the default of the board's side, else of the task, else of BOARD (all below); an
-    option that has none stays None.
+    None becomes the default of the task, else of boards (DEFAULTS and BOARD, below); an option that
+    has neither stays None.
     """
 
     # task and data
@@ -429,7 +432,7 @@ class Config:
     # model
     width: int = option(64, "D, channels of the state", group="model")
     heads: int = option(4, "attention heads")
-    window: int = option(None, "a token sees so many around it, itself too; 0: all", low=0,
+    window: int = option(None, "how many tokens a token sees, itself included; 0: all", low=0,
                          tasks=("prefix_sums",))
     positions: str = option("absolute", "relative: RoPE only; absolute: RoPE and a start token "
                             "(strings) or an embedding of each cell (boards)",
@@ -439,7 +442,7 @@ class Config:
                          ("none", "external", "internal"))
     norm: str = option("outer", "where the norm stands, see Block; gru: a gate",
                        ("pre", "peri", "outer", "gru"))
-    embed_rms: float = option(0.65, "rms of the token embedding at the start: strength of recall")
+    embed_rms: float = option(0.65, "rms of the token embedding before training")
 
     # training
     train: str = option("carry", "truncated backprop with carried states, or the paper's loss",
@@ -453,9 +456,9 @@ class Config:
     optimizer: str = option("muon", "Muon for hidden matrices and AdamW for the rest, or AdamW",
                             ("muon", "adamw"))
     lr: float = option(None, "learning rate; warm-up and decay scale it down")
-    decay: str = option("linear", "to 0 from the first step on; or x0.1 after 60 %",
+    decay: str = option("linear", "linear: to 0 at the end; step: x0.1 after 60 % of the steps",
                         ("linear", "step"))
-    warmup: int = option(50, "steps of the ramp; --decay step: its time constant", low=0)
+    warmup: int = option(50, "steps of the ramp; with --decay step its time constant", low=0)
     weight_decay: float = option(0.01, "on matrices and embeddings", low=0)
     clip: float = option(1.0, "largest norm of the gradient")
 
@@ -463,10 +466,10 @@ class Config:
     eval_loops: int = option(None, "largest loop count of the table", group="evaluation")
     eval_every: int = option(100, "steps from one validation to the next")
     tol: float = option(1e-3, "converged: no token moves by more than this share of its size")
-    damping: float = option(None, "d in h <- (1 - d) step(h) + d h; of --watch, and of --tries "
-                            "above 1", low=0)
-    tries: int = option(1, "try a board so often until it converges, after the first time in a "
-                        "random symmetric form", tasks=("sudoku",))
+    damping: float = option(None, "d in h <- (1 - d) step(h) + d h; for --watch, and for "
+                            "--tries above 1", low=0)
+    tries: int = option(1, "how often at most to try a board until it converges, each time but the "
+                        "first in a random symmetric form", tasks=("sudoku",))
     watch: bool = option(False, "with --resume: show how one puzzle is solved")
     puzzle: str = option(None, "the puzzle to watch: bits, a board with . for blanks, a FEN")
 
@@ -477,12 +480,10 @@ class Config:
     compile: str = option("auto", "torch.compile (auto: on cuda)", ("auto", "on", "off"))
     out: str = option(None, "folder of the run (default: out/ and the main options)")
     resume: str = option(None, "go on with a run; a finished one is evaluated again")
-    preset: str = option(None, "the authors' protocol; other flags win over it", ("paper",))
+    preset: str = option(None, "the author's protocol; other flags win over it", ("paper",))
 
     def __post_init__(self):
-        defaults = BOARD | DEFAULTS.get(self.task, {})
-        if self.task == "sudoku":
-            defaults = defaults | SIDE_DEFAULTS.get(self.side, {})
+        defaults = BOARD | DEFAULTS.get(self.key, {})
         for field in dataclasses.fields(self):
             if getattr(self, field.name) is None:
                 setattr(self, field.name, defaults.get(field.name))
@@ -500,7 +501,7 @@ class Config:
             raise UserError(f"--window {self.window}: must be odd, or 0 for all tokens")
         if self.damping >= 1:
             raise UserError(f"--damping {self.damping}: must be below 1")
-        # a puzzle with fewer loops than that gets all of them in one step
+        # with --loops below --grad_loops a puzzle gets all its loops in one step
         self.grad_loops = min(self.grad_loops, self.loops)
 
     def check(self, field):
@@ -520,32 +521,33 @@ class Config:
             if low is not None and not low <= value < 2 ** 63:
                 raise UserError(f"--{field.name} {value}: must be between {low} and 2^63")
 
+    @property
+    def key(self):
+        """What DEFAULTS and the run's folder call the task: for sudoku with its side, "sudoku6"."""
+        return f"sudoku{self.side}" if self.task == "sudoku" else self.task
+
     def make_task(self):
         """-> the data.Task; its fields take the values of the options of this task, by name."""
         task = data.TASKS[self.task]
         options = {field.name for field in dataclasses.fields(self)
                    if self.task in field.metadata["tasks"]}
-        options.add("positions")        # which is of the model and of the task
+        options.add("positions")        # an option of all tasks, and a field of prefix sums
         names = [field.name for field in dataclasses.fields(task) if field.name in options]
         return dataclasses.replace(task, **{name: getattr(self, name) for name in names})
 
 
 # -----------------------------------------------------------------------------
-# defaults of the tasks, and the authors' protocol
+# defaults of the tasks, and the author's protocol
 
-# sudoku, and what other tasks leave open; a puzzle gets its 30 loops in 10 optimizer steps
+# 9x9 sudoku, and what the others leave open; a puzzle gets its 30 loops in 10 optimizer steps
 BOARD = dict(n_train=20000, n_hard=256, window=0, loops=30, grad_loops=3, steps=8000, lr=4e-3,
              eval_loops=512, damping=0.25)
 DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, window=5, loops=21, grad_loops=3, steps=400,
-                        lr=8e-3, eval_loops=500, damping=0.0),
-    "sudoku": BOARD,
-    "chess": BOARD | dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3,
-                          eval_loops=64),
-}
-SIDE_DEFAULTS = {
-    4: dict(loops=16, steps=800, eval_loops=64),
-    6: dict(steps=4000, eval_loops=128),
+    "prefix_sums": dict(n_train=8000, n_hard=64, window=5, loops=21, steps=400, lr=8e-3,
+                        eval_loops=500, damping=0.0),
+    "sudoku4": dict(loops=16, steps=800, eval_loops=64),
+    "sudoku6": dict(steps=4000, eval_loops=128),
+    "chess": dict(n_train=16000, loops=8, grad_loops=2, steps=6000, lr=8e-3, eval_loops=64),
 }
 
 PAPER = dict(width=256, heads=8, train="progressive", loops=30, batch=500, optimizer="adamw",
@@ -621,7 +623,8 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(p.grad, 1 - group["momentum"])
                 ahead = p.grad.lerp(average, group["momentum"])         # Nesterov
 
-                # an update with the rms of AdamW's, so that both have rates of the same size
+                # entries of an orthogonal matrix have rms 1 / sqrt(max(p.shape)), AdamW's updates
+                # about 0.2: with the same rms both have rates of the same size
                 scale = 0.2 * math.sqrt(max(p.shape))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(orthogonalize(ahead), alpha=-group["lr"] * scale)
@@ -638,7 +641,8 @@ def configure_optimizers(model, cfg):
         optimizers = []
         lr_scale = 1.0
     elif cfg.optimizer == "muon":
-        # Muon is meant for maps from hidden to hidden channels, not for the two ends
+        # Muon is meant for maps from hidden to hidden channels, not for the two ends (pos_emb may
+        # be None, which is no parameter's id)
         ends = {id(p) for p in (model.tok_emb.weight, model.pos_emb, model.head[-1].weight)}
         hidden = [p for p in matrices if p.dim() == 2 and id(p) not in ends]
         matrices = [p for p in matrices if p.dim() > 2 or id(p) in ends]
@@ -678,8 +682,8 @@ def train(cfg, model, sets, out, checkpoint=None):
     x_all, y_all = sets["train"]
     device = x_all.device
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda")
-    # no cache of cast weights: progressive_loss loops under no_grad first, and the weights that are
-    # cast there have no gradient
+    # no cache of cast weights: progressive_loss loops under no_grad first, and a weight that was
+    # cast there would be used again, without its gradient, in the loops that need one
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     optimizers = configure_optimizers(model, cfg)
@@ -727,7 +731,8 @@ def train(cfg, model, sets, out, checkpoint=None):
         loss = loss.item()          # waits for a GPU, so that the time is right
         step_seconds = (time.time() - interval_start) / timed_steps
         run["seconds"] += time.time() - interval_start
-        # no puzzle is frozen: a compiled step would be compiled again for each smaller batch
+        # 0.0: puzzles at rest go on (see run_loop), so that the batch keeps its size; a compiled
+        # step would be compiled again for each smaller one
         val = evaluate(model, *sets["val"], [cfg.loops], freeze_below=0.0)[cfg.loops]
         if not math.isfinite(loss) or not math.isfinite(val["residual"]):
             again = ""
@@ -771,8 +776,8 @@ def chunk_size(x):
     return max(1, tokens // x.shape[1])
 
 
-# A state that moves less moves by rounding only (float32 has steps of 1.2e-7), so that more loops
-# are wasted. It is far below cfg.tol (1e-3), below which a puzzle counts as converged.
+# A residual below this is rounding only (float32 has steps of 1.2e-7), so that more loops are
+# wasted. It is far below cfg.tol (1e-3), below which a puzzle counts as converged.
 ROUNDING = 2e-6
 
 
@@ -780,8 +785,10 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
     """Loop puzzles x [N, L] from h_0 = e -> yields t, h_t [N, L, D], residual [N] for t = 1, 2, ...
 
     residual: how far loop t moved a puzzle, the largest |step(h) - h| / |h| of its tokens, where h
-    is h_{t-1}. Once it is below freeze_below a puzzle stays as it is, and costs nothing more.
-    h <- (1 - damping) step(h) + damping h has the same fixed points, and flips less around them.
+    is h_{t-1}. Once it is below freeze_below a puzzle is frozen: state and residual stay as they
+    are, at no more cost.
+    damping: h <- (1 - damping) step(h) + damping h, which has the same fixed points, and flips less
+    around them.
     h and residual are written in place: clone what you keep.
     """
     e = model.embed(x)
@@ -789,7 +796,7 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
     h = e.clone()
     residual = e.new_full((len(x),), math.inf)
     for t in range(1, max_loops + 1):
-        moving = (~(residual < freeze_below)).nonzero()[:, 0]        # so that a NaN moves
+        moving = (~(residual < freeze_below)).nonzero()[:, 0]       # not >=: a NaN counts as moving
         if len(moving) > 0:
             old = h[moving]
             new = model.step(old, None if r is None else r[moving])
@@ -818,20 +825,20 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0, tries=1, generator=No
         if progress is not None:
             progress(tried, tries)
         renamed, undo = model.task.rename(x[left], generator)
-        again, loops, now = loop_until_converged(model, renamed, tol, max_loops, damping)
-        logits[left[now]] = undo(again)[now]
+        new_logits, loops, now = loop_until_converged(model, renamed, tol, max_loops, damping)
+        logits[left[now]] = undo(new_logits)[now]
         used[left] += loops
         converged[left[now]] = True
     return logits, used, converged
 
 
 def loop_until_converged(model, x, tol, max_loops, damping):
-    """One try of solve()."""
+    """One try of solve() -> logits [N, L, classes], loops used [N], converged [N]."""
     parts = []
     for xb in x.split(chunk_size(x)):
         used = torch.zeros(len(xb), dtype=torch.long, device=x.device)
         converged = torch.zeros(len(xb), dtype=torch.bool, device=x.device)
-        for t, h, residual in run_loop(model, xb, max_loops, tol, damping):
+        for t, h, residual in run_loop(model, xb, max_loops, freeze_below=tol, damping=damping):
             used[~converged] = t
             converged = residual < tol
             if converged.all() or t == max_loops:
@@ -847,7 +854,7 @@ def evaluate(model, x, y, counts, **options):
                           as the clues of a sudoku, have known labels too),
             "token":      share of scored tokens that are right, mean over puzzles,
             "residual":   largest |h_{t+1} - h_t| / |h_t| of a token, mean over puzzles,
-            "residual2":  the same for h_{t+2}; small where residual is not: a two-cycle,
+            "residual2":  the same for h_{t+2}; if small while residual is not: a two-cycle,
             "norm_ratio": |h_t| / |h_1|, mean over puzzles}}
     options: see evaluate_and_halt.
     """
@@ -857,12 +864,12 @@ def evaluate(model, x, y, counts, **options):
 
 @torch.inference_mode()
 def evaluate_and_halt(model, x, y, counts, progress=None, freeze_below=ROUNDING, tol=1e-3):
-    """-> what evaluate() returns, and what solve() finds, in one pass over the loops.
+    """-> what evaluate() returns, labels [N, L], loops used [N], converged [N].
 
-    The latter is labels [N, L], loops used [N] and converged [N] of puzzles that stop when they
-    have converged (a residual below tol), or else at the largest loop count. A puzzle that moves
-    less than freeze_below is looped no more: its residual2 is then 0. progress(done, N) is called
-    now and then.
+    The last three say what comes out where each puzzle stops by itself, as in solve(): once its
+    residual is below tol, or else at the largest loop count. All of it in one pass over the loops.
+    A puzzle that moves less than freeze_below is looped no more: its residual2 is then 0.
+    progress(done, N) is called now and then.
     """
     if min(counts) < 1:
         raise UserError(f"loop counts start at 1, not at {min(counts)}")
@@ -871,9 +878,9 @@ def evaluate_and_halt(model, x, y, counts, progress=None, freeze_below=ROUNDING,
     halted = []
     done = 0
     for xb, yb in zip(x.split(size), y.split(size), strict=True):
-        table, *rest = evaluate_chunk(model, xb, yb, counts, freeze_below, tol)
+        table, *stopped = evaluate_chunk(model, xb, yb, counts, freeze_below, tol)
         tables.append(table)
-        halted.append(rest)
+        halted.append(stopped)
         done += len(xb)
         if progress is not None:
             progress(done, len(x))
@@ -898,19 +905,20 @@ def evaluate_chunk(model, x, y, counts, freeze_below, tol):
     used = torch.zeros(len(x), dtype=torch.long, device=x.device)
     converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
-    # two loops more than asked for: the residuals of the last count look ahead. No puzzle is frozen
-    # above tol, where it could not be seen to converge
-    for t, h, residual in run_loop(model, x, last + 2, min(freeze_below, tol)):
+    # two loops more than asked for: the residuals of the last count look ahead. And min, because a
+    # puzzle that is frozen above tol could never be seen to converge
+    for t, h, residual in run_loop(model, x, last + 2, freeze_below=min(freeze_below, tol)):
         if t == 1:
             first_norm = h.norm(dim=(1, 2))
-            halted = torch.empty_like(h)
+            stopped_h = torch.empty_like(h)
         if t in table:
             right = model.task.predict(model.readout(h)) == y
             table[t]["exact"] = right.all(-1).float()
             table[t]["token"] = (right & scored).sum(-1) / scored.sum(-1).clamp(min=1)
             table[t]["norm_ratio"] = h.norm(dim=(1, 2)) / first_norm
             kept[t] = h.clone()
-        # how far this loop moved the state is how far one more loop moves that of count t - 1
+        # the table looks ahead: the residual of count t - 1 is how far loop t has moved the state,
+        # residual2 of count t - 2 how far the last two loops together have moved it
         if t - 1 in table:
             table[t - 1]["residual"] = residual.clone()
         if t - 2 in table:
@@ -919,10 +927,10 @@ def evaluate_chunk(model, x, y, counts, freeze_below, tol):
         # what solve() returns: the state of the loop in which a puzzle stops by itself
         if t <= last:
             stops = ~converged & ((residual < tol) | (t == last))
-            halted[stops] = h[stops]
+            stopped_h[stops] = h[stops]
             used[stops] = t
             converged |= residual < tol
-    return table, model.task.predict(model.readout(halted)), used, converged
+    return table, model.task.predict(model.readout(stopped_h)), used, converged
 
 
 def wilson(rate, n):
@@ -947,7 +955,7 @@ def report(cfg, model, sets):
         progress = data.progress(f"evaluating {level}")
         result[level], labels, used, converged = evaluate_and_halt(
             model, x, y, counts, progress, tol=cfg.tol)
-        # several tries, all of them damped, in place of the one above
+        # with --tries above 1 they replace the one pass above, and all of them are damped
         if cfg.tries > 1:
             generator = torch.Generator(x.device).manual_seed(cfg.seed)
             progress = data.progress(f"trying {level} again")
@@ -1008,6 +1016,15 @@ def watch(cfg, model):
         hard = data.splits(task, cfg.seed, 0, 0, 0, n_hard=1, path=cfg.files)["hard"]
         x, y = hard.x[0], hard.y[0]
         text = task.text(x)
+
+    def mark(i, text):
+        """The text of token i with a sign behind it."""
+        if shown is None or labels[i] != shown[i]:
+            return text + "~"
+        if y is None:
+            return text + "="
+        return text + ("+" if labels[i] == y[i] else "x")
+
     print("+ right   x wrong   ~ changed since it was last shown   = unchanged, truth unknown")
     if cfg.damping > 0:
         print(f"damped: each loop is h <- {1 - cfg.damping:g} step(h) + {cfg.damping:g} h")
@@ -1015,7 +1032,8 @@ def watch(cfg, model):
     shown = None                            # the labels that were printed last
     max_loops = 2 * cfg.eval_loops          # a puzzle of yours may be harder than ours
     batch = torch.as_tensor(x)[None]
-    for t, h, residual in run_loop(model, batch, max_loops, cfg.tol, cfg.damping):
+    loop = run_loop(model, batch, max_loops, freeze_below=cfg.tol, damping=cfg.damping)
+    for t, h, residual in loop:
         converged = residual.item() < cfg.tol
         is_power_of_two = t & (t - 1) == 0
         if not (converged or is_power_of_two or t == max_loops):
@@ -1023,21 +1041,12 @@ def watch(cfg, model):
 
         labels = task.predict(model.readout(h))[0].numpy()
         print(f"\nloop {t}, moved by {residual.item():.1g}")
-        print(task.show(x, labels, functools.partial(mark_token, labels, shown, y)))
+        print(task.show(x, labels, mark))
         shown = labels
         if converged:
             break
     ending = f"converged after {t} loops" if converged else f"did not converge in {t} loops"
     print(f"\n{ending}; {task.verdict(text, labels)}")
-
-
-def mark_token(labels, shown, y, i, text):
-    """The text of token i with a sign behind it: see the legend that watch() prints."""
-    if shown is None or labels[i] != shown[i]:
-        return text + "~"
-    if y is None:
-        return text + "="
-    return text + ("+" if labels[i] == y[i] else "x")
 
 
 # -----------------------------------------------------------------------------
@@ -1101,11 +1110,12 @@ def load(path, device="cpu"):
 # -----------------------------------------------------------------------------
 # command line
 
-# what may change when a run is resumed, and what only if its training goes on
+# options that may change when a run is resumed
 MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "eval_loops", "tol", "damping", "tries",
               "device")
+# and these, too, if its training goes on
 OF_TRAINING = ("lr", "clip", "eval_every", "dtype", "compile")
-# and these belong to one call, not to the run
+# options that belong to one call, not to the run
 OF_ONE_CALL = ("watch", "puzzle", "out", "resume", "preset")
 
 
@@ -1130,19 +1140,17 @@ def help_text(field):
     if field.metadata["choices"]:
         text += " [" + "|".join(map(str, field.metadata["choices"])) + "]"
     default = field.default
-    if default is None:
-        own = [f"{task} {values[field.name]}" for task, values in DEFAULTS.items()
+    if field.name in BOARD:
+        own = [f"{task}: {values[field.name]}" for task, values in DEFAULTS.items()
                if field.name in values]
-        own += [f"{side}x{side} {values[field.name]}" for side, values in SIDE_DEFAULTS.items()
-                if field.name in values]
-        default = ", ".join(own)
-    if default != "" and default is not False:
+        default = "; ".join([str(BOARD[field.name]), *own])
+    if default is not None and default is not False:
         text += f" (default: {default})"
     return text.replace("%", "%%")          # argparse formats it
 
 
 def configure(given):
-    """The options that were given -> Config, and checkpoint, model of --resume or None, None.
+    """The options that were given -> cfg, checkpoint, model; without --resume the last are None.
 
     Raises UserError for options that contradict each other, the task or the checkpoint.
     """
@@ -1192,7 +1200,7 @@ def check_options(given, cfg):
 
 
 def check_resume(given, cfg, checkpoint, old):
-    """Raises UserError if an option that was given contradicts `old`, the run that is resumed."""
+    """Raises UserError if an option that was given contradicts `old`, Config of the resumed run."""
     step = checkpoint["step"]
     may_change = MAY_CHANGE + OF_ONE_CALL
     if cfg.watch or cfg.steps == step:
@@ -1254,15 +1262,19 @@ def run_folder(resume):
     return Path("out", path.stem)       # a file of weights, such as those in assets/
 
 
-def claim_folder(cfg):
-    """-> the folder to write to. Its log.jsonl claims it; UserError if another run has it."""
-    task = f"sudoku{cfg.side}" if cfg.task == "sudoku" else cfg.task
-    out = Path("out", f"{task}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}")
+@contextlib.contextmanager
+def claimed_folder(cfg):
+    """The folder to write to. Its log.jsonl claims it; UserError if another run has it.
+
+    If nothing is saved there, it is given up at the end, so that the same command works again.
+    """
+    out = Path("out", f"{cfg.key}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}")
     if cfg.out is not None:
         out = Path(cfg.out)
     elif cfg.resume is not None:
         out = run_folder(cfg.resume)
     out.mkdir(parents=True, exist_ok=True)
+    run = shlex.quote(str(out))
 
     here = out.resolve()
     resumes = cfg.resume is not None and Path(cfg.resume).resolve() in (here, here / "ckpt.pt")
@@ -1272,16 +1284,18 @@ def claim_folder(cfg):
         except FileExistsError:
             way = "choose another --out (or delete it, if no run is using it)"
             if (out / "ckpt.pt").exists():
-                way = (f"--resume {shlex.quote(str(out))} goes on with its run, --out DIR starts "
-                       "another")
+                way = f"--resume {run} goes on with its run, --out DIR starts another"
             raise UserError(f"{out} is taken: {way}") from None
-    return out
 
-
-def unclaim_folder(out):
-    """Give up a folder in which nothing was saved, so that the same command works again."""
-    if not (out / "ckpt.pt").exists():
-        (out / "log.jsonl").unlink(missing_ok=True)
+    try:
+        yield out
+    except BaseException as error:
+        if not (out / "ckpt.pt").exists():
+            (out / "log.jsonl").unlink(missing_ok=True)
+        elif isinstance(error, KeyboardInterrupt):
+            raise UserError("stopped; resume from the last validation with: python looped.py "
+                            f"--resume {run}", exit_code=130) from None
+        raise
 
 
 def describe(cfg, model, sets, out, device):
@@ -1306,8 +1320,7 @@ def describe(cfg, model, sets, out, device):
 def run_training(cfg, checkpoint):
     """Train a new model, or go on with one, and evaluate it at the end."""
     device = pick_device(cfg)
-    out = claim_folder(cfg)
-    try:
+    with claimed_folder(cfg) as out:
         sets = get_splits(cfg, device)
         torch.manual_seed(cfg.seed)
         model = LoopedTransformer(cfg).to(device)
@@ -1321,13 +1334,6 @@ def run_training(cfg, checkpoint):
         train(cfg, model, sets, out, checkpoint)
         checkpoint, model = read_checkpoint(out, device)
         save_evaluation(cfg, checkpoint, model, sets, out)
-    except BaseException as error:
-        unclaim_folder(out)
-        if isinstance(error, KeyboardInterrupt) and (out / "ckpt.pt").exists():
-            again = f"python looped.py --resume {shlex.quote(str(out))}"
-            raise UserError(f"stopped; resume from the last validation with: {again}",
-                            exit_code=130) from None
-        raise
 
     run = shlex.quote(str(out))
     print("\nwatch it solve a hard puzzle, or yours with --puzzle:\n"
@@ -1343,12 +1349,8 @@ def run_evaluation(cfg, checkpoint, model):
         report(cfg, model.to(device), sets)
         print("the run's eval.json stays as it was; --out DIR saves this table")
         return
-    out = claim_folder(cfg)
-    try:
+    with claimed_folder(cfg) as out:
         save_evaluation(cfg, checkpoint, model.to(device), sets, out)
-    except BaseException:
-        unclaim_folder(out)
-        raise
 
 
 def save_evaluation(cfg, checkpoint, model, sets, out):
@@ -1374,7 +1376,7 @@ def execute(argv):
         else:
             run_training(cfg, checkpoint)
     except (MemoryError, RuntimeError) as error:
-        # torch is out of memory with a RuntimeError, too; others keep their traceback
+        # torch reports out of memory as a RuntimeError; other ones keep their traceback
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
         raise UserError("out of memory: lower --batch, --width or --n_hard", exit_code=1) from None
@@ -1383,8 +1385,6 @@ def execute(argv):
 
 def main(argv=None):
     """The command line -> exit code: 0, 1 for failed work, 2 for a bad request, 130 if stopped."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")    # for terminals that cannot show everything
     return data.run("looped.py", functools.partial(execute, argv))
 
 

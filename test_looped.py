@@ -1605,8 +1605,11 @@ def test_the_commands_of_the_readme_do_not_share_a_folder(home):
     text = (Path(looped.__file__).parent / "README.md").read_text()
     commands = re.findall(r"^python looped.py (--task.*?) *(?:#.*)?$", text, re.M)
     assert len(commands) > 4
-    folders = {looped.claim_folder(looped.configure(looped.parse(shlex.split(command)))[0])
-               for command in commands}
+    folders = set()
+    for command in commands:
+        cfg, _, _ = looped.configure(looped.parse(shlex.split(command)))
+        with looped.claimed_folder(cfg) as folder:
+            folders.add(folder)
     assert len(folders) == len(commands)
 
 
@@ -1703,8 +1706,10 @@ def test_help_shows_every_option_with_its_default_and_fits_the_terminal(capsys, 
     options = dict(re.findall(r"^  --(\w+) (.*)", text, re.M))
     for field in dataclasses.fields(looped.Config):
         own_default = looped.DEFAULTS["prefix_sums"].get(field.name)
-        if field.default is None and own_default is not None:
-            assert f"(default: prefix_sums {own_default}" in options[field.name], field.name
+        if field.name in looped.BOARD:
+            assert f"(default: {looped.BOARD[field.name]}" in options[field.name], field.name
+        if own_default is not None:
+            assert f"; prefix_sums: {own_default}" in options[field.name], field.name
         elif field.default is not None and field.type is not bool:
             assert f"(default: {field.default})" in options[field.name], field.name
         for choice in field.metadata["choices"]:
