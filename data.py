@@ -6,13 +6,13 @@
 A puzzle is a row x of L token ids with a row y of L labels; an answer counts when all L are right.
 Generated puzzles follow from a seed alone, and each is proven to have one solution.
 
-There are two levels, "easy" (trained on) and "hard" (only tested on), but four splits: easy puzzles
-go to "train", "val" and "easy", which is the easy test set; hard ones to "hard", the hard test set.
-A hash of the puzzle decides (see split_of), not how many are asked for: so asking for more never
-moves a puzzle from training into a test or back.
+There are two levels, "easy" (trained on) and "hard" (only tested on), and four splits: an easy
+puzzle goes to "train", "val" or "easy", the easy test set; a hard one to "hard", the hard test set.
+Which of the three an easy one joins depends on a hash of it (see split_of), not on how many are
+asked for: so asking for more never moves a puzzle from training into a test or back.
 
 Reading order: what every task has (Task); prefix sums, sudoku, chess; then the machinery: splits,
-cache and processes, data files, command line. A new task is one class and one line in TASKS.
+cache and processes, data files, command line. A new task is one class, and its instance in TASKS.
 """
 import argparse
 import bz2
@@ -77,55 +77,57 @@ class Puzzles:
 class Task:
     """One kind of puzzle: a frozen dataclass, whose fields are its options.
 
-    A subclass must set every attribute that has no value below, and write chunk, draw and read, and
-    also convert if it sets `columns`.
+    A subclass must set every attribute below that has no value, and write chunk, draw and read, and
+    also convert if it sets `columns`. Set attributes without an annotation (name = "mine") or as a
+    property: what is annotated (size: int = 9) is a field of the dataclass, and so an option.
 
-    Options are int, float or str. In looped.py only those can be set that Config has under the same
-    name: add a field there with tasks=("yours",), or add your task to the tasks= of one that
-    exists; one that shapes hard puzzles alone goes into MAY_CHANGE, too. Defaults for training are
-    a line in DEFAULTS there; without one a task gets those of BOARD.
+    Options are int, float or str. In looped.py an option can be set if Config has a field of the
+    same name whose tasks= hold your task's name; the default there wins. If it shapes hard puzzles
+    alone, add it to MAY_CHANGE there, too (what --resume may change). Defaults for training are a
+    line in DEFAULTS there; what it leaves out comes from BOARD.
     """
 
     name: str           # what --task calls it
-    # the shape of a puzzle's tokens, (length,) of an easy string or (rows, columns) of all boards
-    grid: tuple
+    grid: tuple         # (rows, columns) of a board, or (tokens,) of an easy string
     vocab: int          # tokens are 0 .. vocab - 1
     classes: int        # labels are 0 .. classes - 1
-    symbols: str        # symbols[token] in text(), symbols[label] in show()
+    symbols: str        # symbols[token] in text(), symbols[label] in show(), where these are shown
     levels: dict        # {"easy": phrase, "hard": phrase}: describes generated puzzles to a user
 
-    # the base of RoPE
+    # see rotary_table in looped.py
     rope_base = 10.0
 
     # the columns of a data file, the rating last; () if the task reads no files
     columns = ()
 
-    # in a file: the lowest hard rating, and the largest; None: the 80 % quantile, and no largest
+    # in a file: (lowest hard rating, highest that is used); None: the hardest fifth, all used
     file_limits = None
 
-    # chunks that take long are made on all cores and kept in the cache
+    # True: chunks take long, so they are made on all cores and kept in the cache
     slow = False
 
-    # ---- making and reading puzzles: a task's own
+    # ---- making and reading puzzles: a task's own. text() writes a puzzle for the command line,
+    # parse() reads it, show() makes a picture of it: read and draw are a task's part of these
 
     def chunk(self, seed, index):
-        """Make puzzles -> {"easy": Puzzles, "hard": Puzzles}, chunk number `index` of a seed.
+        """Chunk number `index` (0, 1, ...) of a seed -> {"easy": Puzzles, "hard": Puzzles}.
 
-        It must depend on seed, index and options alone, and a puzzle's level on the puzzle alone.
+        A chunk is a batch of any size: splits() takes one after the other until it has enough. It
+        must depend on seed, index and options alone, and a puzzle's level on the puzzle alone.
         """
         raise NotImplementedError
 
     def draw(self, x, answers):
-        """x [L] -> its text for a reader; answers {i: text of token i's answer}, may be empty.
+        """x [L] -> a picture as text; answers {i: text of token i's answer}, may be empty.
 
         An answer may be wider than its symbol: --watch adds a mark.
         """
         raise NotImplementedError
 
     def read(self, text):
-        """A puzzle as text() writes it, perhaps with blanks -> x [L], solution y [L] or None.
+        """A puzzle as text() writes it, perhaps with spaces -> x [L], solution y [L] or None.
 
-        Raises ValueError with the reason if it is none: a board must have the size of grid.
+        Raises ValueError (such as UserError) if it is no puzzle, or a board of another size.
         """
         raise NotImplementedError
 
@@ -138,7 +140,7 @@ class Task:
         return [""] * len(x)
 
     def keys(self, x, y):
-        """x, y [N, L] -> [N, K]: puzzles with one key count as one, and it decides their split."""
+        """x, y [N, L] -> keys [N, K]: equal keys, same puzzle; a key also decides the split."""
         return x
 
     # ---- training and evaluation
@@ -155,24 +157,24 @@ class Task:
         return logits.argmax(-1)
 
     def scored(self, x):
-        """x [B, L] -> bool [B, L]: the tokens that count for per-token accuracy."""
-        return x >= 0       # all of them, whether x is numpy or torch
+        """x, numpy or torch -> bool of its shape: the tokens whose answers are asked for."""
+        return x >= 0       # all of them
 
     def augment(self, x, y, generator):
-        """x, y [B, L] -> as many other puzzles with their solutions, all on one device.
+        """Torch x, y [B, L] -> x, y [B, L] to train on instead: symmetric forms, for example.
 
-        What comes out is trained on, so it should hardly ever be a puzzle of a test.
+        generator: one on the device of x. What comes out should hardly ever be a puzzle of a test.
         """
         return x, y
 
     def rename(self, x, generator):
-        """x [B, L] -> x2, a random symmetric form of each; undo(logits of x2) -> logits of x.
+        """Torch x [B, L] -> x2, a random symmetric form of each; undo(logits of x2) -> those of x.
 
-        Only for tasks whose rules have a symmetry: those that the option --tries names.
+        For --tries: needed if your task is in the tasks= of Config.tries in looped.py.
         """
         raise NotImplementedError
 
-    # ---- text: parse(text(x)) gives x back, show() is a picture; read and draw are a task's part
+    # ---- text
 
     def text(self, x):
         """x [L] -> what `parse` reads."""
@@ -198,7 +200,7 @@ class Task:
         return {i: self.symbols[y[i]] for i in np.flatnonzero(self.scored(x)).tolist()}
 
     def show(self, x, y=None, mark=None):
-        """x [L] -> its text for a reader, with y its answer; mark(i, text) -> decorated text."""
+        """x [L] -> a picture as text, with y also the answers; mark(i, text) decorates one."""
         x = np.asarray(x)
         answers = {}
         if y is not None:
@@ -230,7 +232,8 @@ def bucket(key):
 
 START = 2               # the token before the bits
 MOST_BITS = 65536       # one chunk of such strings takes about 200 MB
-HARD_BUCKET = 2         # if both levels have one length, this one is hard; 0 and 1: see split_of()
+# where bits == hard_bits the strings of this bucket are hard (0 and 1: see split_of)
+HARD_BUCKET = 2
 
 
 @dataclass(frozen=True)
@@ -241,14 +244,15 @@ class PrefixSums(Task):
         tokens   2 1 1 0 1      a start token, then the bits
         labels   0 1 0 0 1      y_i = (x_1 + ... + x_i) mod 2, and 0 at the start token
 
-    The last label needs the first bit, however long the string. The paper's window is 5 tokens, two
-    on either side; at an edge it is moved inwards, so that it always holds 5. So one loop moves
-    information 2 places (4 at the end): 512 bits need 255 loops, where training used 21.
+    The last label needs the first bit, however long the string. A window (--window) has 5 tokens,
+    as in the paper, two on either side; at an end of the string it is moved inwards, so that it is
+    full there, too. So one loop moves information 2 places (4 into the last token): 512 bits need
+    255 loops, while in training a string gets 21 at most.
 
-    Why a start token? Without it (positions "relative", as in the paper) nothing marks the first
-    bit: positions are relative, and windows at the edge are full, too. If a string begins with five
-    ones or more, its first tokens see five equal tokens, as in the middle of a run, and attention
-    averages five equal values, whatever its weights.
+    Why a start token? Without it (--positions relative, as in the paper) nothing marks the first
+    bit: attention knows distances only, and windows at the ends are full. If a string begins with
+    five ones or more, its first tokens see five equal tokens, as in the middle of a run, and
+    attention averages five equal values, whatever its weights.
 
     Rating: the number of bits.
     """
@@ -290,9 +294,9 @@ class PrefixSums(Task):
     def puzzles(self, bits):
         """bits [N, n] -> Puzzles, with the start token if there is one."""
         sums = np.bitwise_xor.accumulate(bits, axis=1)
-        front = ((0, 0), (self.front, 0))
-        x = np.pad(bits, front, constant_values=START)
-        y = np.pad(sums, front)
+        padding = ((0, 0), (self.front, 0))
+        x = np.pad(bits, padding, constant_values=START)
+        y = np.pad(sums, padding)
         return Puzzles(x, y, np.full(len(bits), bits.shape[1]))
 
     def chunk(self, seed, index):
@@ -302,7 +306,7 @@ class PrefixSums(Task):
         easy = easy_rng.integers(0, 2, (1024, self.bits), np.uint8)
         hard = hard_rng.integers(0, 2, (128, self.hard_bits), np.uint8)
 
-        # strings of one length could be in both levels: give one sixteenth of them to the hard one
+        # strings of the same length could be in both levels: a sixteenth is hard, and only hard
         if self.bits == self.hard_bits:
             easy = easy[[bucket(row) != HARD_BUCKET for row in easy]]
             hard = hard[[bucket(row) == HARD_BUCKET for row in hard]]
@@ -352,18 +356,19 @@ class PrefixSums(Task):
 # cand [L, M] uint16 are the candidates of M boards: bit d - 1 of a cell says that digit d is still
 # possible there.
 
-# cells as [band, row in band, stack, column in stack]: the axes that span a row, a column, a box
+# a band is a row of boxes, a stack a column of boxes. With cells as [band, row in band, stack,
+# column in stack] these axes span a row, a column, a box
 UNITS = ((2, 3), (0, 1), (1, 3))
 
 
 def deduce(cand, box):
     """One round of naked, then hidden singles -> new candidates [L, M], contradiction found [M]."""
     height, width = box
-    full = np.uint16((1 << height * width) - 1)
-    # there are `width` bands of `height` rows, and `height` stacks of `width` columns; g holds cand
-    # by [band, row in band, stack, column in stack, board]
+    full = np.uint16((1 << height * width) - 1)         # all digits
+    # boxes have height x width cells, so there are `width` bands and `height` stacks; g is cand as
+    # [band, row in band, stack, column in stack, board]
     g = cand.reshape(width, height, height, width, -1)
-    bad = np.zeros_like(g[0, 0, 0, 0])
+    bad = np.zeros_like(g[0, 0, 0, 0])                  # [M]: digits that contradict, or 0
 
     # naked singles: a cell's only candidate is impossible in the rest of its row, column and box.
     # The sum of different bits is their union (010 + 100 = 110), and where a digit occurs twice it
@@ -396,18 +401,19 @@ def deduce(cand, box):
 
 
 def branch(cand, owner, digits):
-    """Stuck boards cand [L, M] -> their children and the children's owners, digit by digit.
+    """Stuck boards cand [L, M] of puzzles owner [M] -> children, and the puzzles they are of.
 
-    A child is the board with one candidate tried in a cell that has the fewest.
+    A child is the board with one candidate tried in a cell that has the fewest. Both results are
+    lists, an entry for each digit.
     """
     size = np.bitwise_count(cand)
     cell = np.where(size > 1, size, 99).argmin(0)
-    options = cand[cell, np.arange(len(owner))]
+    choices = cand[cell, np.arange(len(owner))]
 
     children = []
     owners = []
     for d in range(digits):
-        parent = np.flatnonzero(options >> d & 1)
+        parent = np.flatnonzero(choices >> d & 1)
         child = cand.take(parent, 1)
         child[cell[parent], np.arange(len(parent))] = 1 << d
         children.append(child)
@@ -421,20 +427,22 @@ def solve(cand, box, limit=2, at_once=256):
     Naked and hidden singles (see deduce) are filled in until nothing changes; then each candidate
     of a cell with the fewest is tried, which is a guess. Their number is a puzzle's rating. With
     one solution and limit 2 the whole tree is searched, so that the rating depends neither on the
-    order of the search nor on at_once, the number of boards that are worked on together.
+    order of the search nor on at_once: about how many boards are worked on together, though at
+    least one of each puzzle.
     """
     N = cand.shape[1]
     found = np.zeros(N, int)
-    tried = np.zeros(N, int)
+    guesses = np.zeros(N, int)
     solution = np.zeros_like(cand)
 
-    # the open positions of all puzzles: column j belongs to puzzle owner[j]; sorted, latest last
+    # the boards still to be worked on: column j of cand is one of puzzle owner[j]; sorted by
+    # puzzle, and the latest of a puzzle last
     owner = np.arange(N)
     while len(owner):
-        # depth first for all puzzles at once, the `share` latest positions of each: to follow all
-        # of them would grow exponentially on boards with many solutions
+        # depth first, for all puzzles at once: only the `share` latest boards of each, as all of
+        # them would grow exponentially where there are many solutions
         share = max(1, at_once // len(np.unique(owner)))
-        # (behind: 1 for the latest position of a puzzle, 2 for the one before it, ...)
+        # behind: 1 for the latest board of a puzzle, 2 for the one before it, ...
         behind = np.searchsorted(owner, owner, "right") - np.arange(len(owner))
         pick = behind <= share
         old = cand.compress(pick, 1)
@@ -453,32 +461,33 @@ def solve(cand, box, limit=2, at_once=256):
         done = (np.bitwise_count(new) == 1).all(0)
         solution[:, who[done]] = new.compress(done, 1)
         found += np.bincount(who[done], minlength=N)
-        children, parents = branch(new.compress(~done, 1), who[~done], box[0] * box[1])
-        tried += np.bincount(np.concatenate(parents), minlength=N)
+        children, child_owners = branch(new.compress(~done, 1), who[~done], box[0] * box[1])
+        guesses += np.bincount(np.concatenate(child_owners), minlength=N)
 
         # the children are the latest; a puzzle with enough solutions is left alone
         cand = np.concatenate(boards + children, 1)
-        owner = np.concatenate(owners + parents)
+        owner = np.concatenate(owners + child_owners)
         order = owner.argsort(kind="stable")
         order = order[found[owner[order]] < limit]
         cand = cand.take(order, 1)
         owner = owner[order]
-    return found.clip(max=limit), solution, tried
+    return found.clip(max=limit), solution, guesses
 
 
 def solved_grids(rng, N, box):
-    """-> N full boards [L, N]: where deduction stops, a random digit in a random tightest cell.
+    """-> N solved boards, as candidates [L, N]: where deduction stops, a random digit is put into a
+    random one of the cells with the fewest candidates.
 
     A board with a contradiction starts again. Every grid that exists can come up, though not all
     are equally likely.
     """
     n = box[0] * box[1]
-    full = np.uint16((1 << n) - 1)
-    cand = np.full((n * n, N), full)
+    blank = np.uint16((1 << n) - 1)             # every digit is a candidate
+    cand = np.full((n * n, N), blank)
     while True:
         new, dead = deduce(cand, box)
         stable = (new == cand).all(0) & ~dead
-        cand = np.where(dead, full, new)
+        cand = np.where(dead, blank, new)
         size = np.bitwise_count(cand)
         stuck = np.flatnonzero(stable & (size > 1).any(0))
         if stable.all() and not len(stuck):
@@ -488,30 +497,30 @@ def solved_grids(rng, N, box):
         size = size.take(stuck, 1)
         noise = rng.random(size.shape, np.float32)
         cell = np.where(size > 1, size + noise, 99).argmin(0)
-        options = cand[cell, stuck] >> np.arange(n, dtype=np.uint16)[:, None] & 1
-        digit = (rng.random(options.shape, np.float32) * options).argmax(0)
+        choices = cand[cell, stuck] >> np.arange(n, dtype=np.uint16)[:, None] & 1
+        digit = (rng.random(choices.shape, np.float32) * choices).argmax(0)
         cand[cell, stuck] = 1 << digit
 
 
 def remove_clues(rng, grid, box, keep):
-    """Full boards grid [L, N] -> puzzles [L, N]: fewer clues, the solution still unique.
+    """Solved boards grid [L, N] -> puzzles [L, N], both as candidates, with one solution each.
 
     In random order a clue is removed if no solution has another digit in its cell. It ends at
     keep [N] clues, or when every clue that is left is needed.
     """
     L, N = grid.shape
-    full = np.uint16((1 << box[0] * box[1]) - 1)
+    blank = np.uint16((1 << box[0] * box[1]) - 1)       # every digit is a candidate
     puzzle = grid.copy()
     clues = np.full(N, L)
     for cell in rng.random((L, N)).argsort(0):          # cell [N]: another one for each board
         # if another digit in this cell has a solution, the clue must stay
         index = np.flatnonzero(clues > keep)
         trial = puzzle.take(index, 1)
-        trial[cell[index], np.arange(len(index))] ^= full
+        trial[cell[index], np.arange(len(index))] ^= blank      # all digits but the clue
         found = solve(trial, box, limit=1)[0]
 
         index = index[found == 0]
-        puzzle[cell[index], index] = full
+        puzzle[cell[index], index] = blank
         clues[index] -= 1
     return puzzle
 
@@ -529,9 +538,9 @@ class Side:
     hard: int           # the lowest hard rating; a puzzle between the two is dropped
     levels: dict
     rated_by: str = "guesses"       # or "blanks"
-    clues: tuple = (0, 0)           # every second puzzle keeps so many; (0, 0): those needed
+    clues: tuple = (0, 0)           # (least, most) that every second puzzle keeps; others: minimal
     key: str = "grid"               # no two puzzles share their solved "grid", or the "puzzle"
-    augmented: bool = True          # train on symmetric forms? Not where most of a test are some
+    augmented: bool = True          # train on symmetric forms? Not where most of a test are such
 
 
 SIDES = {
@@ -619,7 +628,7 @@ class Sudoku(Task):
         return {"easy": p[p.rating <= side.easy], "hard": p[p.rating >= side.hard]}
 
     def digits(self, grid):
-        """Full boards [L, N] of candidate bits -> [N, L] digits."""
+        """Solved boards, as candidates [L, N] -> digits [N, L]."""
         return np.bitwise_count(grid - 1).T + np.uint8(1)      # bit d - 1 has d - 1 bits below it
 
     def prove(self, x):
@@ -687,7 +696,6 @@ class Sudoku(Task):
     def draw(self, x, answers):
         """The board with its boxes, the answers in the blanks."""
         h, w = self.box
-        n = self.side
         cells = list(self.text(x))
         for i, text in answers.items():
             cells[i] = text
@@ -695,10 +703,10 @@ class Sudoku(Task):
         # answers may carry a mark, so cells may be wider than a digit
         width = max(map(len, cells))
         cells = [cell.ljust(width) for cell in cells]
-        stacks = [" ".join(cells[i:i + w]) for i in range(0, n * n, w)]
-        rows = [" | ".join(stacks[i:i + h]) for i in range(0, n * h, h)]
+        parts = [" ".join(cells[i:i + w]) for i in range(0, len(cells), w)]     # a row of one box
+        rows = [" | ".join(parts[i:i + h]) for i in range(0, len(parts), h)]
         rule = "\n" + "-+-".join(["-" * ((width + 1) * w - 1)] * h) + "\n"
-        return rule.join("\n".join(rows[i:i + h]) for i in range(0, n, h))
+        return rule.join("\n".join(rows[i:i + h]) for i in range(0, len(rows), h))
 
     def cells(self, text):
         """The characters of a board -> its tokens [L]."""
@@ -723,10 +731,10 @@ class Sudoku(Task):
 
 def maybe_checks(board):
     """Yield pseudo-legal moves: all that give check are among them, except castling."""
-    king = board.king(not board.turn)
+    king = board.king(not board.turn)           # the one to be checked
     occupied = board.occupied
 
-    # the squares from which the king is seen along a line, as a knight sees, and as a pawn does
+    # the squares from which a bishop, a rook, a knight or a pawn would give check
     diagonals = chess.BB_DIAG_ATTACKS[king][chess.BB_DIAG_MASKS[king] & occupied]
     straights = (chess.BB_RANK_ATTACKS[king][chess.BB_RANK_MASKS[king] & occupied]
                  | chess.BB_FILE_ATTACKS[king][chess.BB_FILE_MASKS[king] & occupied])
@@ -743,7 +751,7 @@ def maybe_checks(board):
     yield from board.generate_pseudo_legal_moves(board.pawns, pawns | promotions)
     if board.occupied_co[board.turn] & lines:
         yield from board.generate_pseudo_legal_moves(lines)
-    # which takes a pawn away elsewhere
+    # en passant, too, can take a piece off a line: the captured pawn stands on another square
     yield from board.generate_pseudo_legal_ep()
 
 
@@ -778,7 +786,7 @@ def loses(board, depth, refutations):
 
 
 def one_pair(moves):
-    """Do all moves go from one square to one other, and is there one? (Promotions count as one.)"""
+    """Is there a move, and do all have the same two squares? (So promotions count as one.)"""
     return len({(move.from_square, move.to_square) for move in moves}) == 1
 
 
@@ -962,7 +970,7 @@ class Chess(Task):
         if lines:
             return f"{lines[0]}: legal, no mate at once"
 
-        # from before to
+        # the square that is left comes before the one that is reached, unless both have label 1
         places = sorted(np.flatnonzero(y).tolist(), key=y.__getitem__)
         squares = [chess.square_name(i ^ view_mask(board)) for i in places]
         return f"{'-'.join(squares) or 'nothing marked'}: no legal move"
@@ -979,12 +987,7 @@ class Chess(Task):
         return encode(board), self.label(board, board.parse_uci(played[1]))
 
 
-# one line for each task
-TASKS = {
-    "prefix_sums": PrefixSums(),
-    "sudoku": Sudoku(),
-    "chess": Chess(),
-}
+TASKS = {task.name: task for task in (PrefixSums(), Sudoku(), Chess())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -992,13 +995,14 @@ TASKS = {
 
 
 def split_of(level, key, role="both"):
-    """-> "train", "val", "easy", "hard" or None (not used); level and key (Task.keys) decide.
+    """-> "train", "val", "easy", "hard", or None: the puzzle is not used.
 
-    role is "both" unless there are two files. The first, "train", gives no tests: a puzzle that
-    would be one is dropped, so that the training set is that of this file alone. Of the second,
-    "test", every puzzle is a test.
+    level: "easy", "hard", or None (rated above the file's limit). key: see Task.keys. role: "both",
+    or of two files "train" for the first and "test" for the second. The first gives no tests: what
+    would be one is dropped, so that TRAIN,TEST trains on the same puzzles as TRAIN alone. The
+    second gives nothing but tests.
     """
-    split = level               # None: rated above the file's limit
+    split = level
     if level == "easy" and role != "test":
         split = {0: "val", 1: "easy"}.get(bucket(key), "train")
     if role == "train" and split not in ("train", "val"):
@@ -1006,7 +1010,9 @@ def split_of(level, key, role="both"):
     return split
 
 
-PATIENCE = 100      # levels of chunks without a puzzle for a short split, before we give up
+# we give up after so many parts in a row (a part is one level of one chunk) that held no puzzle for
+# any split that is short
+PATIENCE = 100
 
 
 def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cache"):
@@ -1326,8 +1332,8 @@ def file_limits(task, path):
 def from_files(task, path):
     """Yield puzzles, the level of each, their role (see split_of) from FILE or TRAIN,TEST.
 
-    The first of two files is read to its end, even where only tests are short: no test puzzle may
-    occur anywhere in it.
+    The first of two files is read to its end, even if only test puzzles are still missing: none of
+    them may occur anywhere in it.
     """
     paths = path.split(",")
     if not task.columns:
@@ -1357,17 +1363,17 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv):
     """-> the task with its options, and the other arguments."""
-    parser = Parser("data.py", description="print puzzles of a task", allow_abbrev=False)
-    parser.add_argument("--task", choices=TASKS, default="prefix_sums")
+    # the task first: only its own options are added, as two tasks may have one of the same name
+    chosen = Parser("data.py", add_help=False, allow_abbrev=False)
+    chosen.add_argument("--task", choices=TASKS, default="prefix_sums")
+    task = TASKS[chosen.parse_known_args(argv)[0].task]
+
+    parser = Parser("data.py", description="print puzzles of a task", allow_abbrev=False,
+                    parents=[chosen])
     parser.add_argument("--level", choices=("easy", "hard"), default="easy")
     parser.add_argument("--n", type=int, default=3, help="how many puzzles")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", metavar="FILE|TRAIN,TEST", help="read puzzles, make none")
-
-    # only the options of the chosen task are added: two tasks may have options of one name
-    chosen = Parser("data.py", add_help=False, allow_abbrev=False)
-    chosen.add_argument("--task", choices=TASKS, default="prefix_sums")
-    task = TASKS[chosen.parse_known_args(argv)[0].task]
     group = parser.add_argument_group(f"options of {task.name}")
     for f in fields(task):
         group.add_argument(f"--{f.name}", type=f.type, default=f.default)
