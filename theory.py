@@ -4,18 +4,21 @@ A loop h <- f(h, e) is judged on three axes: are its fixed points reached (reach
 depend on the input e (input-dependence), are they smooth in e and safe to backpropagate through
 (geometry). After the abstract of "Stability and Generalization in Looped Transformers", arXiv
 2604.15259. One function per claim; its docstring says what is claimed, why it holds, and whether it
-is the paper's (abstract) or derived here. A control row is the same measure on a loop where it has
-to come out the other way. (R6, I4 and G4 were claims that were dropped.)
+is the paper's (abstract) or derived here. A control row changes one thing, the loop or the formula,
+so that the same comparison has to come out the other way. (R6, I4 and G4 were claims that were
+dropped.)
 
     python theory.py                            # one table; exit code 1 if a claim fails
-    python theory.py --only R5,G5 --seed 7      # --quick: small sizes, a minute or two
+    python theory.py --quick                    # the same at small sizes, a minute or two
+    python theory.py --only R5,G5 --seed 7
     python theory.py --ckpt out/RUN             # the same measurements on a trained model
 
 letters   h or s state   e embedded input   L tokens   D width   K loops   l a loss
           A or W_h acts on the state, w or W_e e is the recall; a gain multiplies W_e
           N(u) = sqrt(D) u / |u|, the outer norm     rho = spectral radius
           J = df/dh, and J* is J at the fixed point h*
-          v a random direction   mu an eigenvalue   (R2, R4: v a right and p a left eigenvector)
+          mu an eigenvalue, lambda the dominant one, p a left eigenvector of that
+          v a random direction (R4: the right eigenvector of lambda)
           sigma_min the least singular value; sigma alone is said where it is used
 """
 import copy
@@ -76,7 +79,7 @@ def check(what, value, equals=None, at_least=None, at_most=None, within=0.0, not
 
 
 def control(what, value, **bounds):
-    """A row that measures the same where it has to come out the other way."""
+    """A row with one thing changed, so that the comparison has to come out the other way."""
     return check(f"control: {what}", value, **bounds)
 
 
@@ -341,8 +344,9 @@ def scalar_loop(recall, x, y):
 
 @claim("R1", "reachability")
 def r1(seed, quick, judge=None):
-    """A loop of one number, with W_h = x and F(u) = y u: s' = a s + b e comes to rest from almost
-    every start iff |a| < 1, where a = 1 + y (no recall), (1 + y) x (external), 1 + x y (internal).
+    """A loop of one number, with W_h = x and F(u) = y u: for almost all weights s' = a s + b e
+    comes to rest from almost every start iff |a| < 1, where a = 1 + y (no recall), (1 + y) x
+    (external), 1 + x y (internal).
 
     Derived here: the loop is affine, so s_k - s* = a^k (s_0 - s*) with s* = b e / (1 - a).
     """
@@ -360,19 +364,20 @@ def r1(seed, quick, judge=None):
         a, b = scalar_loop(judge or recall, x, y)
         clear = (a.abs() - 1).abs() > 0.01
         broken = ((a.abs() < 1) != arrived)[clear].sum()
-        yield check(f"{recall}: points of {n} that break |a| < 1", broken, equals=0)
+        yield check(f"{recall}: of {n} weights, misjudged by |a| < 1", broken, equals=0)
         yield check(f"{recall}: share of points judged", clear.double().mean(), at_least=0.95)
 
         # rounding: eps / (1 - |a|) = 2e-14; the start: 0.99^3000 |s_0 - s*|; ten times both
         inside = clear & (a.abs() < 1)
         off = (s - b / (1 - a)).abs() / (1 + (b / (1 - a)).abs())
-        yield check(f"{recall}: |limit - b / (1 - a)|", off[inside].max(), equals=0, within=1e-12)
+        yield check(f"{recall}: |limit - b / (1 - a)|, relative", off[inside].max(), equals=0,
+                    within=1e-12)
 
         # the wrong formula on the same weights, to see that the count can be large
         if recall == "internal":
             wrong, _ = scalar_loop("external", x, y)
             missed = ((wrong.abs() < 1) != arrived).sum()
-            yield control("internal, by the external a: broken", missed, at_least=0.05 * n)
+            yield control("internal, by the external a: misjudged", missed, at_least=0.05 * n)
 
 
 def far_over_near(f):
@@ -390,8 +395,8 @@ def r2(seed, quick, norms=("pre", "peri")):
     Derived here: sub-layers read N(u), so what the block adds is bounded, h' = W_h h + c with
     |c| <= C, and h_k is W_h^k h_0 plus the sum of all W_h^j c_(k-1-j). Below 1 |W_h^j| falls
     geometrically (though |W_h| may be above 1): every state ends in a ball (at rest or not). Above
-    1 a left eigenvector p of the dominant eigenvalue, p W_h = lambda p, makes one number of the
-    state, z = p h, with z' = lambda z + p c. From |z| > |p| C / (rho - 1) on it grows, at the rate
+    1 a left eigenvector p of the dominant eigenvalue, p W_h = lambda p, gives a number
+    z = p h with z' = lambda z + p c. From |z| > |p| C / (rho - 1) on it grows, at the rate
     log rho(W_h) with an error of the order of C / |z| a loop.
     For smaller z nothing is proved: some states that start at h_0 = e stay bounded at rho = 1.05
     (seen), so "above 1 nothing is reached" would be too much to claim.
@@ -433,10 +438,10 @@ def r2(seed, quick, norms=("pre", "peri")):
     yield control("pre + internal, rho(W_h) = 0.58: |h| from 1e6 away / from e", far_over_near(f),
                   at_least=100)
     f = untrained(seed, "pre", "internal", width, inputs=2, rho=1.5)
-    size = states(f, (K, 2 * K)).norm(dim=-1)
+    size = states(f, (K, 2 * K), start=1e6 * f.start).norm(dim=-1)
     rate = (size[1] / size[0]).log().max() / K
-    yield control("pre + internal, rho(W_h) = 1.5: growth / log rho(W_h)", rate / math.log(1.5),
-                  at_most=0.1)
+    yield control("pre + internal, rho(W_h) = 1.5, far out: growth / log rho(W_h)",
+                  rate / math.log(1.5), at_most=0.1)
 
 
 @claim("R3", "reachability")
@@ -445,9 +450,9 @@ def r3(seed, quick, norms=("pre", "peri")):
 
     Derived here: h' = h + F(h, e) with bounded F, which reads h through norms only. The derivative
     of a norm falls like 1 / |h|, and so does J - I: far out one loop hardly changes the difference
-    of two states (k loops change it by a power of k). That |h| grows linearly and no state is at
-    rest is seen, not proved. Successive states then differ by an angle of at most
-    |step| / |h| ~ 1 / k: their cosine goes to 1, which looks like convergence.
+    of two states (k loops by at most a power of k, if every token grows like k). That |h| grows
+    linearly and no state is at rest is seen, not proved. Successive states then differ by an angle
+    of at most |step| / |h| ~ 1 / k: their cosine goes to 1, which looks like convergence.
     """
     width = SMALL if quick else LARGE
     K = 1000 if quick else 3200
@@ -531,7 +536,8 @@ def r4(seed, quick, recall_scale=0.0):
     yield check("share of A judged", clear.double().mean(), at_least=0.6)
     yield check("of those, inputs for which 'dominant eigenvalue > 0' decides", decided, equals=1)
     yield check("limit - sign(p e) N(v)", off, equals=0, within=1e-9)
-    yield check(f"distinct limits of {inputs} inputs", max(map(distinct, s)), at_most=2)
+    yield check(f"most distinct limits of {inputs} inputs: both signs", max(map(distinct, s)),
+                equals=2)
 
     # recall strong enough for a contraction (R5)
     recalled = 3 * torch.linalg.matrix_norm(A, 2)[:, None, None] * e
@@ -547,11 +553,11 @@ def r5(seed, quick, norm="outer", recall_scale=1.0):
     Paper's abstract: recall + outer norm gives reachable, smooth fixed points. Derived here: let
     s' = N(u), u = A s + w, r = |w| / (sqrt(D) |A|_2). Df = sqrt(D) / |u| (I - u u^T / |u|^2) A and
     |u| >= sqrt(D) |A|_2 (r - 1) on the ball, so Lip(f) <= 1 / (r - 1): above r = 2 a contraction
-    with one fixed point, reached from everywhere. An orthogonal A attains the bound, at the s for
-    which A s points against w. (A random A comes to rest far below 2, so it would test little.)
-    Below 2 neither r nor rho(A) decides: I and -I share them, but with -I, which turns every state
-    against itself, nothing is reached just below 2 (but from +-w), and with I all. (rho(A) by
-    itself means nothing: (A, w) -> (c A, c w) leaves f as it is.)
+    with one fixed point, reached from every start on it. An orthogonal A attains the bound, at the
+    s for which A s points against w. (A random A comes to rest far below 2, so it would test
+    little.) Below 2 neither r nor rho(A) decides: I and -I share them, but with -I, which turns
+    every state against itself, nothing is reached at any r < 2 (but from +-w, see G5), and with I
+    all. (rho(A) by itself means nothing: (A, w) -> (c A, c w) leaves f as it is.)
     """
     matrices = 8 if quick else 30
     inputs = 16
@@ -586,21 +592,23 @@ def r5(seed, quick, norm="outer", recall_scale=1.0):
     yield check("A = -I, r = 1.98: share reached", share_reached(loop(1.98, -one)), equals=0)
     yield check("A = I, r = 1.98: share reached", share_reached(loop(1.98, one)), equals=1)
 
-    yield control("without recall (r = 0), share reached", share_reached(loop(0)), at_most=0.9)
+    # an orthogonal A then turns the state, or moves it on, for ever
+    yield control("without recall (r = 0), share reached", share_reached(loop(0)), equals=0)
     yield control("r = 2.01 without norm, share reached", share_reached(loop(r, norm="pre")),
-                  at_most=0.9)
+                  equals=0)
 
 
 @claim("R7", "reachability")
 def r7(seed, quick, norm="outer", loops=1000):
-    """Near a fixed point that attracts, the distance to it dies in the end like rho(J*)^k.
+    """Near a fixed point that attracts, the part of h_k - h* along the dominant eigenvector dies
+    like rho(J*)^k.
 
     Derived here: h_k+1 - h* = J* (h_k - h*) + O(|h_k - h*|^2). With a left eigenvector p of the
     dominant eigenvalue, p J* = lambda p, the number z_k = p (h_k - h*) is multiplied by lambda in
     each loop, but for squares; and from almost every start it is z that is left in the end, as the
     other parts die sooner. (They may be larger at first, so z is measured and not the distance.)
-    So once near it takes about log(1 / tol) / -log rho(J*) loops to come within tol. The norm
-    |J*|_2, which bounds a single loop, is larger and says less: the control.
+    So once near it takes about log(1 / tol) / -log rho(J*) loops to come within tol (not measured).
+    The norm |J*|_2, which bounds a single loop, is larger and says less: the control.
     """
     models = 4 if quick else 12
     width = SMALL if quick else LARGE
@@ -624,7 +632,7 @@ def r7(seed, quick, norm="outer", loops=1000):
 
     ratios = torch.tensor(by_radius or [math.nan])
     worst = ratios[(ratios - 1).abs().argmax()]
-    yield check(f"{norm} + internal: models of {models} that converge", len(by_radius),
+    yield check(f"{norm} + internal: models of {models} whose rate can be read", len(by_radius),
                 at_least=models / 2)
     yield check("log rho(J*) / rate of |p (h_k - h*)|, worst", worst, equals=1, within=1e-3)
     yield control("log |J*|_2 / rate of |p (h_k - h*)|, largest", max(by_norm, default=math.nan),
@@ -698,11 +706,11 @@ def tanh_path(seed, recall_scale, n, loops, asymmetry=0.0):
     """
     D = 16
     draw = rng(seed)
-    even, odd = draw(2, D, D)
+    symmetric, antisymmetric = draw(2, D, D)
     a, b = draw(2, D)
-    even = even + even.T
-    odd = odd - odd.T
-    W = even / radius(even) + asymmetry * odd / radius(odd)
+    symmetric = symmetric + symmetric.T
+    antisymmetric = antisymmetric - antisymmetric.T
+    W = symmetric / radius(symmetric) + asymmetry * antisymmetric / radius(antisymmetric)
 
     place = torch.linspace(0, 1, n, dtype=W.dtype)
     e = torch.outer((math.pi * place).cos(), a) + torch.outer((math.pi * place).sin(), b)
@@ -778,14 +786,15 @@ def linear_loops(seed):
     draw = rng(seed)
     e = draw(inputs, 16)
     kinds = {"positive": 1.0, "negative": -1.0, "complex": complex(math.cos(0.7), math.sin(0.7))}
-    for kind, sign in kinds.items():
+    for kind, unit in kinds.items():
         arrived = {}
         limits = {}
         for rho in (0.5, 0.99, 1 - 1e-4, 1, 1 + 1e-4, 1.01, 2):
-            A = matrix_with_top(rho * sign, draw)
+            A = matrix_with_top(rho * unit, draw)
 
             # many loops at once, and whether one more still moves the state; what a rho below 1
-            # leaves of e is e^-60 = 9e-27 times the condition of A's eigenvectors, up to 1e6 or so
+            # leaves of e is e^-60 = 9e-27 times the condition of A's eigenvectors, up to 1e6 or so;
+            # and 300, since the other parts fall by 0.9^300 = 2e-14 against the dominant one
             loops = 600 if rho == 1 else 300 + math.ceil(60 / abs(math.log(rho)))
             h = e @ torch.linalg.matrix_power(A.T, loops)
             still = moved(h @ A.T, h) < CONVERGED
@@ -797,7 +806,7 @@ def linear_loops(seed):
                     min(arrived[rho] for rho in below), equals=1)
         yield check(f"{kind}, rho < 1: most distinct limits", max(limits[rho] for rho in below),
                     equals=1)
-        yield check(f"{kind}, rho > 1: most inputs that converge",
+        yield check(f"{kind}, rho > 1: largest share that converges",
                     max(arrived[rho] for rho in above), equals=0)
         if kind == "positive":
             yield control(f"{kind}, rho = 1: distinct limits of {inputs}", limits[1], equals=inputs)
@@ -812,8 +821,8 @@ def tanh_loops(seed, quick, recall_scale):
     loops = 1500 if quick else 4000
     share, steps = staircase(seed, recall_scale, n, loops)
     _, finer = staircase(seed, recall_scale, 4 * n, loops)
-    # the symmetric network alone makes a third
-    yield check("tanh, 3 networks: share of inputs that converge", share, at_least=0.3)
+    # two of the three networks: the symmetric one and another
+    yield check("tanh, 3 networks: share of inputs that converge", share, at_least=0.6)
     yield check("tanh: steps along the path that move the limit by 1e-9 to 0.1", slides(steps),
                 equals=0)
     yield check("tanh: steps that move it at all", moves(steps), at_least=1)
@@ -847,16 +856,19 @@ def i3(seed, quick, norm="outer", recall="none"):
         h, motion = iterate(f, f.start, 800 if quick else 2000)
         arrived = motion < CONVERGED
         share.append(arrived.double().mean())
-        limits.append(distinct(h[arrived]))
+        # of a few inputs that converge a few limits would say nothing
+        if share[-1] > 0.5:
+            limits.append(distinct(h[arrived]))
 
-        # how far the tokens of one limit are from equal
-        tokens = per_token(h[arrived][:1], f)
+        # how far the tokens of its limits are from equal
+        tokens = per_token(h[arrived], f)
         if len(tokens) > 0:
             spreads.append((tokens - tokens[:, :1]).abs().max())
     note = " ".join(f"{float(s):.2f}" for s in share)
     yield check(f"{models} models: share of inputs that converge", sum(share) / models,
                 at_least=0.1, note=note)
-    yield check("most distinct limits of one model's inputs", max(limits), at_most=4)
+    yield check("where most converge: most distinct limits of one model's inputs",
+                max(limits, default=math.nan), at_most=4)
     yield check("models whose tokens all end equal", sum(s < 1e-6 for s in spreads), at_least=1)
 
     f = untrained(seed, "outer", "internal", width, gain=STRONG)
@@ -885,7 +897,7 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
 
     def limit(f):
         h, motion = iterate(f, f.start, 1500)
-        if motion.max() >= CONVERGED:
+        if motion.max() >= 1e-12:       # divided by 2 small, that is below 1e-7
             return h * math.nan
         return h
 
@@ -904,10 +916,13 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
         error = (differences(f) - exact).norm() / exact.norm()
         # the radial singular values are of the order of the norm's eps, 1e-6, or less (G1); a
         # limit that is none has rank 0
-        rank = (torch.linalg.svdvals(G.nan_to_num(0, 0, 0)) > 1e-6).sum()
+        values = torch.linalg.svdvals(G.nan_to_num(0, 0, 0))
+        rank = (values > 1e-6).sum()
+        note = f"singular values on both sides: {values[-TOKENS - 1]:.1e}, {values[-TOKENS]:.1e}"
         yield check(f"{norm} + {recall}: implicit - differences, relative", error, equals=0,
                     within=1e-6)
-        yield check(f"{norm} + {recall}: rank of dh*/de, L D = {n}", rank, equals=n - TOKENS)
+        yield check(f"{norm} + {recall}: rank of dh*/de, L D = {n}", rank, equals=n - TOKENS,
+                    note=note)
 
     # the first of nine models without recall whose input converges
     for i in range(9):
@@ -924,7 +939,7 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
 def g1(seed, quick, norm="outer", eps=1e-6):
     """RMSNorm: DN(u) = diag(g) (I - u u^T / (D sigma^2)) / sigma, sigma^2 = |u|^2 / D + eps.
 
-    Derived here: it forgets the length. Without g, which the rows divide out, the radial singular
+    Derived here: it forgets the length. For g = 1 (the rows divide g out) the radial singular
     value is eps / sigma^3, and the others are 1 / sigma. In the loop J is a product with two such
     norms. Of its singular values L are near 0 for L tokens, and not 2 L, since in general what the
     second norm forgets is not in the image of the first. |det J| holds eps twice for each token,
@@ -991,11 +1006,11 @@ def gradient_sweep(norm, seed, widths, recalls):
 
 @claim("G2", "geometry")
 def g2(seed, quick, norm="outer"):
-    """Gradients through K loops stay bounded with strong recall + outer norm, since it converges
-    to a fixed point with rho(J*) < 1.
+    """Strong recall + outer norm mostly converges to a fixed point with rho(J*) < 1, and there
+    gradients through K loops stay bounded.
 
     Paper's abstract: stable backpropagation. Derived here: at a fixed point dl/dW of K loops is
-    (df/dW)^T (1 + J^T + ... + (J^T)^(K-1)) dl/dh, a geometric series, with the sum (1 - J^T)^-1;
+    (df/dW)^T (I + J^T + ... + (J^T)^(K-1)) dl/dh, a geometric series, with the sum (I - J^T)^-1;
     and dl/dh_0 dies at the rate rho(J*). So under any norm gradients are bounded where the loop
     converges to rho(J*) < 1. What outer norm adds is that loops converge. Without it, far out,
     external recall multiplies dl/dh_0 by rho(W_h) a loop (R2), so that above 1 it explodes, and
@@ -1017,27 +1032,27 @@ def g2(seed, quick, norm="outer"):
 
     # where rho(W_h) is 0.58 or recall drifts, a bounded gradient may be luck: so all of these
     widths = (16, 32) if quick else (16, 32, 64)
-    cells = f"{6 * len(widths)} loops"
+    cells = f"{6 * len(widths)} models"
 
     power, growth, converged = gradient_sweep(norm, seed, widths, ("internal", "external"))
     yield check(f"{norm}, {cells}: share that converges", converged.double().mean(), at_least=0.6)
     yield check("... of those: largest power of K in |dl/dW|",
                 max(power[converged], default=math.nan), at_most=0.01)
-    yield check("... of those: largest |dl/dh_0|, 2 K loops / K",
+    yield check("... of those: largest |dl/dh_0|, through 2 K loops / K",
                 max(growth[converged], default=math.nan), at_most=1)
     power, _, _ = gradient_sweep("pre", seed, widths, ("internal",))
     worst = power[(power - 1).abs().argmax()]
-    yield control("pre + internal, half of these: power of K in |dl/dW|", worst, equals=1,
+    yield control("pre, the internal half: power of K in |dl/dW|", worst, equals=1,
                   within=0.25)
     _, growth, _ = gradient_sweep("pre", seed, widths, ("external",))
-    yield control("pre + external, the others: largest |dl/dh_0|, 2 K loops / K", growth.max(),
+    yield control("pre, the external half: largest |dl/dh_0|, 2 K / K", growth.max(),
                   at_least=2 ** 30)
 
 
 @claim("G3", "geometry")
 def g3(seed, quick, norm="outer", loops=1000):
-    """Stronger recall contracts more: under outer norm rho(J*) falls as its gain rises from 4, in
-    the end like a power of |W_e|.
+    """Stronger recall contracts more: under outer norm rho(J*) falls as the recall gain rises from
+    4, in the end like a power of |W_e|.
 
     Derived here: each norm divides what comes from h by the size of its input, which grows with
     W_e e where recall comes in: at one sub-layer a loop in external recall (power -1), at both in
@@ -1091,14 +1106,17 @@ def settles(a, b, norm):
 
 @claim("G5", "geometry")
 def g5(seed, quick, norm="outer"):
-    """In the toy of R1 with outer norm internal recall is reached no less often than external.
+    """In the toy of R1 with outer norm a fixed point is reached no less often with internal recall
+    than with external.
 
     Paper's abstract: internal recall becomes competitive once outer norm is applied. Without norm
-    it is reached less often (counted, not proved): the control. Derived here, for
+    it is less often (counted, not proved): the control. Derived here, for
     s' = N(a s + b e) with vectors s and e of rms 1, and x symmetric and independent of y:
 
-      1. It moves in the plane of s and e. Its angle to sign(b) e shrinks in each loop if a > 0, and
-         changes sign if a < 0. So it comes to rest from almost everywhere iff a > 0 or
+      1. It moves in the plane of s and e. Its angle to sign(b) e shrinks in each loop if a > 0. If
+         a < 0 the angle changes sign, so that it can rest at 0 only, where it is multiplied by
+         a / (a + |b|): that is reached for |b| > 2 |a| (R5), repels for |a| < |b| < 2 |a|, and
+         is no fixed point for |b| < |a|. So it comes to rest from almost everywhere iff a > 0 or
          |b| > 2 |a|. (Without norm iff |a| < 1, R1.)
       2. External recall has a = (1 + y) x, b = 1 + y. It comes to rest iff a > 0 or |x| < 1/2, with
          the probability 1/2 + P(|x| < 1/2) / 2.
@@ -1147,15 +1165,16 @@ def g5(seed, quick, norm="outer"):
 
 @claim("G6", "geometry")
 def g6(seed, quick, norm="outer"):
-    """Near a fixed point truncated backpropagation leaves out a part that falls like rho^k.
+    """At a fixed point truncated backpropagation leaves out the rest of a geometric series in J*.
 
     Derived here: at h* the gradient through the last k loops is the first k terms of the geometric
-    series of G2. The rest, (df/dW)^T (J*^T)^k (1 - J*^T)^-1 dl/dh, falls in the end like rho(J*)^k.
+    series of G2. The rest, (df/dW)^T (J*^T)^k (I - J*^T)^-1 dl/dh, falls in the end like rho(J*)^k,
+    if rho(J*) < 1.
     Without a fixed point there is no such rate: under pre norm with internal recall all loops count
     about alike, so that the last 10 of 60 leave out 50 of 60.
 
-    With two or three loops, as in carry_loss, what is left out is not small: it is in the note, a
-    tenth to a quarter here, and more where recall is weaker (--ckpt measures it on trained models).
+    With two or three loops, as in carry_loss, what is left out is not small: it is in the note (at
+    18 seeds 0.08 to 0.35), and more where recall is weaker (--ckpt measures it on trained models).
     That carry_loss trains well in spite of it is not explained by this.
     """
     width = SMALL if quick else LARGE
@@ -1174,8 +1193,8 @@ def g6(seed, quick, norm="outer"):
         missing[k] = (whole - truncated).norm() / whole.norm()
         off.append((whole - truncated - rest).norm() / rest.norm())
     note = ", ".join(f"{k}: {float(part):.1e}" for k, part in missing.items())
-    yield check(f"{norm} + internal: missing of dl/dW, 10 loops", missing[10], at_most=0.5,
-                note=note)
+    yield check(f"{norm} + internal: rho(J*)", radius(J), at_most=0.99,
+                note=f"missing of dl/dW after {note}")
     yield check(f"{norm} + internal: missing - the rest of the series, relative",
                 torch.stack(off).max(), equals=0, within=1e-4)
 
@@ -1191,8 +1210,8 @@ def g6(seed, quick, norm="outer"):
 def axes_of(f, seed, loops):
     """-> whether all inputs converge, all limits differ, all is smooth: three booleans.
 
-    Smooth: rho(J) < 1, and from 100 to 200 loops |dh/de| and from 60 to 120 loops dl/dW change by
-    less than a quarter (one input stands for all).
+    Smooth: rho(J) < 1, from 100 to 200 loops |dh/de| grows by less than a quarter, and from 60 to
+    120 loops dl/dW changes by less than a quarter (one input stands for all).
     """
     h, motion = iterate(f, f.start, loops)
     one = f.on(f.e[:1])
@@ -1205,7 +1224,7 @@ def axes_of(f, seed, loops):
     converges = bool((motion < CONVERGED).all())
     depends = converges and distinct(h) == len(h)       # states on the way may always differ
     smooth = (radius(jacobian(one, h[:1])) < 1
-              and (size[1] / size[0] - 1).abs() < 0.25
+              and size[1] <= 1.25 * size[0] + 1e-6      # a loop that forgets is smooth: both are 0
               and (late - early).norm() < 0.25 * late.norm())
     return converges, depends, bool(smooth)
 
@@ -1256,7 +1275,7 @@ def axes(seed, quick, swap=None, blocks=None):
     yield row("outer", "internal", STRONG, at_least=0.8)
     yield row("outer", "external", STRONG, at_least=0.8)
     name, weak, note = share("outer", "external", 1.0)
-    yield control(name, weak, at_most=0.9, note=note)
+    yield control(name, weak, at_most=0.6, note=note)       # clearly below the 0.8 of strong recall
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1312,7 +1331,8 @@ def limits_on_a_line(f, loops):
 
 
 def reachability(f, h, motion):
-    """Are the states h [B, L D], which still move by motion [B], at rest? Medians over inputs."""
+    """How many of the states h [B, L D], which one more loop moves by motion [B], are at rest, and
+    how far from it are they? Medians over inputs."""
     arrived = motion < CONVERGED
     return {
         "converged": arrived.double().mean(),
@@ -1325,8 +1345,8 @@ def reachability(f, h, motion):
 def spectrum(model, x):
     """rho(J) of three inputs after 500 loops, at rest (then it is rho(J*)) or not.
 
-    Strings are cut to L D <= 1,024, where J is quick, so the first tokens of a string have to be a
-    puzzle. Of larger states it is an estimate.
+    Strings are cut to L D <= 1,024, where J is quick (the beginning of a string is a puzzle, too).
+    Of boards with L D > 2,048 it is an estimate.
     """
     if len(model.task.grid) == 1:
         x = x[:, :max(1, 1024 // model.cfg.width)]
@@ -1341,7 +1361,7 @@ def input_dependence(f, h, loops, seed):
     """Where the states h [B, L D] come from: the memory of e (a mean), and medians over inputs.
 
     The state goes on from h with the inputs swapped, begins anew from a random start, or is pushed
-    as far as it is large (the share that comes back).
+    by a random vector of its own rms (the share that comes back).
     """
     _, d = sensitivity(f, (30, 100, 500), seed)
     swapped, _ = iterate(f.on(f.e.roll(1, 0)), h, loops)
@@ -1366,7 +1386,7 @@ def left_out_medians(f, losses, K):
 def measure(path, inputs=256, loops=300, seed=0):
     """The three axes of a trained run on easy test puzzles -> a record, for --json.
 
-    A list goes by the loop counts in its name.
+    A list goes by the loop counts in its name; that of rho by the inputs.
     """
     report = data.progress(f"{path}, step")
     model, x, y = trained(path, inputs)
@@ -1375,7 +1395,6 @@ def measure(path, inputs=256, loops=300, seed=0):
               "seed": cfg.seed, "hard": hard_accuracy(path)}
     model = copy.deepcopy(model).double().requires_grad_(False)
 
-    # a cosine of states would not tell whether they are at rest (R3)
     f = Loop(model, model.embed(x))
     h, motion = iterate(f, f.start, loops)
     record |= reachability(f, h, motion)
