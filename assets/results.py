@@ -704,6 +704,17 @@ def phrases(raw):
         easy, hard = [hits_of(groups[cell], level) for level in LEVELS]
         said.append("{} of {} strings of 32 bits, and {} of {} of 512".format(*easy, *hard))
 
+    # what a stack of blocks solves of the easy puzzles, beside a loop in chess
+    easy = {}
+    for task in ("prefix_sums", "sudoku6", "chess"):
+        fixed = find_groups(raw, [f"grid/{task}/fixed-pre-*"])["fixed-pre"]
+        easy[task] = np.mean([run.exact("easy") for run in fixed])
+    loops = find_groups(raw, ["grid/chess/*-outer-*"])
+    looped_easy = np.mean([run.exact("easy") for cell in ("external-outer", "internal-outer")
+                           for run in loops[cell]])
+    said.append("of the easy ones {:.2f} (strings), {:.2f} (6x6) and {:.2f} (chess; loops: "
+                "{:.2f})".format(*easy.values(), looped_easy))
+
     # boards, tried again
     shares = [np.mean([run.halting("hard")[0] for run in find_groups(raw, [pattern])["internal"]])
               for pattern in ("current/sudoku6/internal-*", "current/sudoku9/internal-*")]
@@ -715,8 +726,8 @@ def phrases(raw):
     runs = [run for group in groups.values() for run in group]
     some = [run for run in runs if run.exact("hard") > 0]
     best = max(runs, key=lambda run: run.exact("hard"))
-    said.append(f"Of {len(runs)} such runs ({len(groups)} norms) {len(some)} solve any string of "
-                f"256 bits, the best {best.exact('hard'):.2f} of them")
+    said.append(f"Of {len(runs)} such runs on strings ({len(groups)} norms) {len(some)} solve at "
+                f"least one of 256 bits, the best {best.exact('hard'):.2f} of them")
     run = read_run(raw / "current/none/long/none-outer-seed1-2048/eval.json")
     n = run.n("hard")
     early, late = (round(n * run.result["hard"][t]["exact"]) for t in ("256", "2048"))
@@ -724,25 +735,33 @@ def phrases(raw):
 
     # 9x9 boards that are forgotten
     boards = find_groups(raw, ["grid/sudoku9/*"])
-    for cell, phrase in (("none-outer", "hard 9x9 boards {:.2f} are solved after 64 loops, {:.2f}"),
-                         ("internal-pre", "{:.2f} of the hard 9x9 boards after 64 loops, {:.2f}")):
+    for cell, phrase in (("none-outer", "{:.2f} of the hard 9x9 boards are solved after 64 loops, "
+                          "and {:.2f}"),
+                         ("internal-pre", "{:.2f} of the hard boards after 64 loops, {:.2f}")):
         shares = dict(zip(*mean_curve(boards[cell], "hard"), strict=True))
         said.append(phrase.format(shares[64], shares[512]) + " after 512")
 
-    # the most that a cell with recall and outer norm loses by looping on
-    lost = []
+    # the most that a cell loses by looping on
+    lost = {"external-outer": [], "internal-outer": [], "external-pre": []}
     for task in ("prefix_sums", "sudoku6", "sudoku9", "chess"):
         groups = find_groups(raw, [f"grid/{task}/*"])
-        for cell in ("external-outer", "internal-outer"):
+        for cell in lost:
             _, means = mean_curve(groups[cell], "hard")
-            lost.append(max(means) - means[-1])
-    most = math.ceil(1e3 * max(lost)) / 1e3
-    said.append(f"no such entry of the table loses more than {most:.3f}")
+            lost[cell].append(max(means) - means[-1])
+    most = {cell: math.ceil(1e3 * max(by_task)) / 1e3 for cell, by_task in lost.items()}
+    outer = max(most["external-outer"], most["internal-outer"])
+    said.append(f"no entry of the table loses more than {outer:.3f}; external recall with pre "
+                f"norm, {most['external-pre']:.3f}")
 
-    # internal against external recall on 9x9 boards, paired by seed
-    pairs = pair_by_seed(boards["internal-outer"], boards["external-outer"])
-    mean, half = mean_difference([one.exact("hard") - other.exact("hard") for one, other in pairs])
-    said.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
+    # internal against external recall, paired by seed
+    for folder, ones, others in (("wide/sudoku9", "internal-outer", "external-outer"),
+                                 ("grid/sudoku9", "internal-outer", "external-outer"),
+                                 ("current/sudoku6-rest", "internal", "external")):
+        groups = find_groups(raw, [f"{folder}/*"])
+        pairs = pair_by_seed(groups[ones], groups[others])
+        gaps = [one.exact("hard") - other.exact("hard") for one, other in pairs]
+        mean, half = mean_difference(gaps)
+        said.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
 
     # the paper's own protocol
     groups = find_groups(raw, ["wide/paper/prefix_sums/*"])
@@ -753,12 +772,18 @@ def phrases(raw):
     # what truncated backpropagation leaves out
     records = read_json(raw / "horizon/left-out.json")
     shares = [record["left_out_3_6_10"][0] for record in records[:3]]
-    said.append("leave out {:.2f} on strings, {:.2f} on 6x6 and {:.2f} on 9x9".format(*shares))
+    said.append("off by {:.2f} on strings, {:.2f} on 6x6 and {:.2f} on 9x9".format(*shares))
+    six = find_groups(raw, ["horizon/sudoku9/6loops-4000steps-*"])["6loops-4000steps"]
+    three = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
+    hard = [f"{run.exact('hard'):.2f}" for run in six + three]
+    said.append("{}, {}, {} solved; by default {}, {}, {}".format(*hard))
 
     # what converges, and is right
     groups = find_groups(raw, ["current/to-2048/sudoku6/*"]).values()
     right, converged = np.sum([right_of_converged(runs, LEVELS) for runs in groups], axis=0)
-    said.append(f"{right:,} of {converged:,} 6x6 boards, easy and hard")
+    said.append(f"{right:,} of {converged:,} 6x6 boards")
+    runs = find_groups(raw, ["grid/to-2048/sudoku6/internal-pre-*"])["internal-pre"]
+    said.append("{} of {} hard ones".format(*right_of_converged(runs, ["hard"])))
     runs = find_groups(raw, ["current/chess/*"])["chess"]
     right, converged = right_of_converged(runs, ["easy"])
     said.append(f"{right} of {converged:,} mates in one")
