@@ -1174,7 +1174,7 @@ def g6(seed, quick, norm="outer"):
     about alike, so that the last 10 of 60 leave out 50 of 60.
 
     With two or three loops, as in carry_loss, what is left out is not small: it is in the note (at
-    18 seeds 0.08 to 0.35), and more where recall is weaker (--ckpt measures it on trained models).
+    26 seeds 0.08 to 0.35), and more where recall is weaker (--ckpt measures it on trained models).
     That carry_loss trains well in spite of it is not explained by this.
     """
     width = SMALL if quick else LARGE
@@ -1275,7 +1275,7 @@ def axes(seed, quick, swap=None, blocks=None):
     yield row("outer", "internal", STRONG, at_least=0.8)
     yield row("outer", "external", STRONG, at_least=0.8)
     name, weak, note = share("outer", "external", 1.0)
-    yield control(name, weak, at_most=0.6, note=note)       # clearly below the 0.8 of strong recall
+    yield control(name, weak, at_most=0.75, note=note)      # below the 0.8 of strong recall
 
 
 # --------------------------------------------------------------------------------------------------

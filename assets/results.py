@@ -750,8 +750,8 @@ def phrases(raw):
             lost[cell].append(max(means) - means[-1])
     most = {cell: math.ceil(1e3 * max(by_task)) / 1e3 for cell, by_task in lost.items()}
     outer = max(most["external-outer"], most["internal-outer"])
-    said.append(f"no entry of the table loses more than {outer:.3f}; external recall with pre "
-                f"norm, {most['external-pre']:.3f}")
+    said.append(f"no entry of the table loses more than {outer:.3f} (external recall with pre "
+                f"norm: {most['external-pre']:.3f})")
 
     # internal against external recall, paired by seed
     for folder, ones, others in (("wide/sudoku9", "internal-outer", "external-outer"),
