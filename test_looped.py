@@ -3450,8 +3450,15 @@ def test_rank_correlations_leave_out_the_swap_where_there_is_no_recall(raw):
         for recall, norm, hard_share in (("none", "pre", 0.1 + seed / 100), ("none", "gru", 0.2),
         ("internal", "pre", 0.6 + seed / 100), ("internal", "gru", 0.7), ("external", "gru", 0.8))
     ]
-    (raw / "axes.json").write_text(json.dumps(records))
-    table = results.make_table(raw, "rank axes.json")
+    (raw / "axes-task.json").write_text(json.dumps(records))
+    result = json.loads((raw / "grid6" / SINGLE / "eval.json").read_text())
+    for record in records:
+        # at the loops of training, 30, the order is the other way round
+        result["hard"]["32"]["exact"] = 1 - record["hard"]
+        folder = raw / "task" / record["run"]
+        folder.mkdir(parents=True)
+        (folder / "eval.json").write_text(json.dumps(result))
+    table = results.make_table(raw, "rank axes-task.json")
     assert cells(table, "converged")[1].startswith("-1.00 [")
     assert cells(table, "dh/de, last")[1].startswith("+1.00 [")
     # the largest of the inputs' radii: .5 for the two without recall
@@ -3462,7 +3469,17 @@ def test_rank_correlations_leave_out_the_swap_where_there_is_no_recall(raw):
 
     # more axes are held with recall, and among those the fewer the more is solved
     assert cells(table, "control: recall or none")[1].startswith("+0.8")
-    assert 0 < float(cells(table, "axes held, 0 to 3")[1].split()[0]) < 0.8
+    held = float(cells(table, "axes held, 0 to 3")[1].split()[0])
+    assert 0 < held < 0.8
+    title = "control: axes held, accuracy at the loops of training"
+    assert float(cells(table, title)[1].split()[0]) == -held
+
+    # where the loops end: the share at rest, and medians of rho and of growth
+    ends = results.make_table(raw, "ends axes-task.json")
+    assert cells(ends, "none, pre")[1] == "89%, 0.50, 1.0"
+    assert cells(ends, "internal, gru")[1] == "30%, 0.70, 1.0"
+    assert [row.split(" | ")[0] for row in ends.splitlines()[2:]] == [
+        "| none, pre", "| none, gru", "| external, gru", "| internal, pre", "| internal, gru"]
     assert cells(table, "... of loops with recall")[1].startswith("-1.00 [")
     assert cells(table, "... of loops with recall")[1].endswith(", 9 runs")
 

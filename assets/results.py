@@ -439,6 +439,7 @@ AXES = {  # a key of theory.py's records: how it is shown
 COUNTS = {
     "held": "axes held, 0 to 3", "held_with_recall": "... of loops with recall",
     "has_recall": "control: recall or none",
+    "held_and_training": "control: axes held, accuracy at the loops of training",
 }
 
 
@@ -453,14 +454,19 @@ def axes_held(record):
 def read_axes(raw, file):
     """theory.py's measurements of trained runs -> {name: [its records, a seed each]}.
 
-    Of lists one number counts: of rho the largest of the inputs, of the sensitivity the last.
+    Of lists one number counts: of rho the largest of the inputs, of the sensitivity the last. The
+    runs of axes-TASK.json lie in the folder TASK beside it.
     """
     found = {}
     for record in read_json(raw / file):
-        record["held"] = record["held_with_recall"] = axes_held(record)
+        record["held"] = axes_held(record)
+        record["held_with_recall"] = record["held_and_training"] = record["held"]
         record["has_recall"] = record["recall"] != "none"
         record["rho"] = max(record["rho"])
         record["sensitivity_30_100_500"] = record["sensitivity_30_100_500"][-1]
+        run = read_run(raw / file.replace("axes-", "").replace(".json", "") / record["run"]
+                       / "eval.json")
+        record["hard_in_training"] = run.result["hard"][in_training(run)]["exact"]
         name = without_seed(Path(record["run"]).name)
         found.setdefault(name, []).append(record)
     return found
@@ -514,11 +520,26 @@ def rank_table(raw, *files):
     return markdown(head, rows)
 
 
+def ends_table(raw, *files):
+    """Where the loops of each cell end: inputs at rest (mean), rho, growth of |h| (medians)."""
+    columns = [read_axes(raw, file) for file in files]
+    rows = []
+    for name in sorted(columns[0], key=cell_order):
+        row = [name.replace("-", ", ")]
+        for cells in columns:
+            converged, rho, growth = (column(cells[name], key)
+                                      for key in ("converged", "rho", "norm_ratio"))
+            row.append(f"{np.mean(converged):.0%}, {np.median(rho):.2f}, {np.median(growth):.1f}")
+        rows.append(row)
+    return markdown(["at rest, rho, growth", *(Path(file).stem for file in files)], rows)
+
+
 def bootstrap(variants, key, draws=1000):
     """-> rank correlation of an axis with hard accuracy over the runs of all variants, its
     interval, and what chance stays below."""
     axis = [column(records, key) for records in variants]
-    hard = [column(records, "hard") for records in variants]
+    which = "hard_in_training" if key == "held_and_training" else "hard"
+    hard = [column(records, which) for records in variants]
 
     def correlation(pick):
         return spearman(np.concatenate([axis[i] for i in pick]),
@@ -630,8 +651,9 @@ def tries_table(raw, file):
 TABLES = {
     "runs": runs_table, "front": front_table, "loops": loops_table, "halting": halting_table,
     "learnt": learnt_table, "rates": rates_table, "grid": grid_table, "pairs": pairs_table,
-    "rank": rank_table, "limits": limits_table, "count": count_table, "theory": theory_table,
-    "damping": damping_table, "left_out": left_out_table, "tries": tries_table,
+    "rank": rank_table, "ends": ends_table, "limits": limits_table, "count": count_table,
+    "theory": theory_table, "damping": damping_table, "left_out": left_out_table,
+    "tries": tries_table,
 }
 
 
@@ -726,12 +748,8 @@ def phrases(raw):
     runs = [run for group in groups.values() for run in group]
     some = [run for run in runs if run.exact("hard") > 0]
     best = max(runs, key=lambda run: run.exact("hard"))
-    said.append(f"Of {len(runs)} such runs on strings ({len(groups)} norms) {len(some)} solve at "
+    said.append(f"{len(some)} of {len(runs)} such runs on strings ({len(groups)} norms) solve at "
                 f"least one of 256 bits, the best {best.exact('hard'):.2f} of them")
-    run = read_run(raw / "current/none/long/none-outer-seed1-2048/eval.json")
-    n = run.n("hard")
-    early, late = (round(n * run.result["hard"][t]["exact"]) for t in ("256", "2048"))
-    said.append(f"{early} of {n} after 256 loops and {late} after 2,048")
 
     # 9x9 boards that are forgotten
     boards = find_groups(raw, ["grid/sudoku9/*"])
@@ -777,6 +795,16 @@ def phrases(raw):
     three = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
     hard = [f"{run.exact('hard'):.2f}" for run in six + three]
     said.append("{}, {}, {} solved; by default {}, {}, {}".format(*hard))
+
+    # how the axes rank the runs, and how recall does
+    ranked = {"held": [], "has_recall": []}
+    for task in ("prefix_sums", "sudoku6", "chess"):
+        records = [record for runs in read_axes(raw, f"grid/axes-{task}.json").values()
+                   for record in runs]
+        for key, values in ranked.items():
+            values.append(spearman(column(records, key), column(records, "hard")))
+    said.append("by {:.2f} on strings, {:.2f} on 6x6, {:.2f} in chess".format(*ranked["held"]))
+    said.append("recall or none alone: {:.2f}, {:.2f}, {:.2f}".format(*ranked["has_recall"]))
 
     # what converges, and is right
     groups = find_groups(raw, ["current/to-2048/sudoku6/*"]).values()
