@@ -1169,9 +1169,8 @@ def g6(seed, quick, norm="outer"):
 
     Derived here: at h* the gradient through the last k loops is the first k terms of the geometric
     series of G2. The rest, (df/dW)^T (J*^T)^k (I - J*^T)^-1 dl/dh, falls in the end like rho(J*)^k,
-    if rho(J*) < 1.
-    Without a fixed point there is no such rate: under pre norm with internal recall all loops count
-    about alike, so that the last 10 of 60 leave out 50 of 60.
+    if rho(J*) < 1. Without a fixed point there is no such rate: under pre norm with internal recall
+    all loops count about alike, so that the last 10 of 60 leave out 50 of 60.
 
     With two or three loops, as in carry_loss, what is left out is not small: it is in the note (at
     26 seeds 0.08 to 0.35), and more where recall is weaker (--ckpt measures it on trained models).

@@ -435,12 +435,14 @@ AXES = {  # a key of theory.py's records: how it is shown
 }
 
 
-# what else accuracy is ranked by: is it the axes, or just whether there is recall?
-COUNTS = {
-    "held": "axes held, 0 to 3", "held_with_recall": "... of loops with recall",
-    "has_recall": "control: recall or none",
-    "held_and_training": "control: axes held, accuracy at the loops of training",
-}
+# the rows of rank_table: title, axis, the accuracy it ranks, and whether only loops with recall
+# count (without recall there is no input to swap); is it the axes, or just whether there is recall?
+RANKED = [(title, key, "hard", key == "swapped_to_new") for key, title in AXES.items()] + [
+    ("axes held, 0 to 3", "held", "hard", False),
+    ("... of loops with recall", "held", "hard", True),
+    ("control: recall or none", "has_recall", "hard", False),
+    ("control: axes held, accuracy at the loops of training", "held", "hard_in_training", False),
+]
 
 
 def axes_held(record):
@@ -454,27 +456,24 @@ def axes_held(record):
 def read_axes(raw, file):
     """theory.py's measurements of trained runs -> {name: [its records, a seed each]}.
 
-    Of lists one number counts: of rho the largest of the inputs, of the sensitivity the last. The
-    runs of axes-TASK.json lie in the folder TASK beside it.
+    Of lists one number counts: of rho the largest of the inputs, of the sensitivity the last.
     """
     found = {}
     for record in read_json(raw / file):
         record["held"] = axes_held(record)
-        record["held_with_recall"] = record["held_and_training"] = record["held"]
         record["has_recall"] = record["recall"] != "none"
         record["rho"] = max(record["rho"])
         record["sensitivity_30_100_500"] = record["sensitivity_30_100_500"][-1]
-        run = read_run(raw / file.replace("axes-", "").replace(".json", "") / record["run"]
-                       / "eval.json")
-        record["hard_in_training"] = run.result["hard"][in_training(run)]["exact"]
         name = without_seed(Path(record["run"]).name)
         found.setdefault(name, []).append(record)
     return found
 
 
-def has_axis(records, key):
-    """Without recall there is no input to swap."""
-    return key not in ("swapped_to_new", "held_with_recall") or records[0]["has_recall"]
+def accuracy_in_training(raw, file, record):
+    """Hard accuracy at the loops of training. The runs of axes-TASK.json lie in TASK beside it."""
+    task = Path(file).stem.removeprefix("axes-")
+    run = read_run((raw / file).parent / task / record["run"] / "eval.json")
+    return run.result["hard"][in_training(run)]["exact"]
 
 
 def column(records, key):
@@ -504,17 +503,19 @@ def rank_table(raw, *files):
 
     The interval is of a bootstrap over variants, as the seeds of one are no independent runs; the
     control is the 97.5 % quantile of its size when the accuracies are shuffled among the runs.
-    A variant that lacks the axis is left out (has_axis).
     """
     head = ["rank correlation with hard accuracy"]
-    titles = AXES | COUNTS
-    rows = [[title] for title in titles.values()]
+    rows = [[title] for title, *_ in RANKED]
     for file in files:
         head += [Path(file).stem, "shuffled"]
         variants = list(read_axes(raw, file).values())
-        for row, key in zip(rows, titles, strict=True):
-            some = [records for records in variants if has_axis(records, key)]
-            now, low, high, chance = bootstrap(some, key)
+        for records in variants:
+            for record in records:
+                record["hard_in_training"] = accuracy_in_training(raw, file, record)
+        for row, (_, key, accuracy, needs_recall) in zip(rows, RANKED, strict=True):
+            some = [records for records in variants
+                    if records[0]["has_recall"] or not needs_recall]
+            now, low, high, chance = bootstrap(some, key, accuracy)
             runs = sum(map(len, some))
             row += [f"{now:+.2f} [{low:+.2f}, {high:+.2f}], {runs} runs", f"{chance:.2f}"]
     return markdown(head, rows)
@@ -534,12 +535,11 @@ def ends_table(raw, *files):
     return markdown(["at rest, rho, growth", *(Path(file).stem for file in files)], rows)
 
 
-def bootstrap(variants, key, draws=1000):
-    """-> rank correlation of an axis with hard accuracy over the runs of all variants, its
-    interval, and what chance stays below."""
+def bootstrap(variants, key, accuracy, draws=1000):
+    """-> rank correlation of an axis with an accuracy over the runs of all variants, its interval,
+    and what chance stays below."""
     axis = [column(records, key) for records in variants]
-    which = "hard_in_training" if key == "held_and_training" else "hard"
-    hard = [column(records, which) for records in variants]
+    hard = [column(records, accuracy) for records in variants]
 
     def correlation(pick):
         return spearman(np.concatenate([axis[i] for i in pick]),
@@ -727,15 +727,13 @@ def phrases(raw):
         said.append("{} of {} strings of 32 bits, and {} of {} of 512".format(*easy, *hard))
 
     # what a stack of blocks solves of the easy puzzles, beside a loop in chess
-    easy = {}
-    for task in ("prefix_sums", "sudoku6", "chess"):
-        fixed = find_groups(raw, [f"grid/{task}/fixed-pre-*"])["fixed-pre"]
-        easy[task] = np.mean([run.exact("easy") for run in fixed])
-    loops = find_groups(raw, ["grid/chess/*-outer-*"])
-    looped_easy = np.mean([run.exact("easy") for cell in ("external-outer", "internal-outer")
-                           for run in loops[cell]])
+    shares = []
+    for pattern in ("prefix_sums/fixed-pre-*", "sudoku6/fixed-pre-*", "chess/fixed-pre-*",
+                    "chess/*ternal-outer-*"):
+        groups = find_groups(raw, [f"grid/{pattern}"]).values()
+        shares.append(np.mean([run.exact("easy") for runs in groups for run in runs]))
     said.append("of the easy ones {:.2f} (strings), {:.2f} (6x6) and {:.2f} (chess; loops: "
-                "{:.2f})".format(*easy.values(), looped_easy))
+                "{:.2f})".format(*shares))
 
     # boards, tried again
     shares = [np.mean([run.halting("hard")[0] for run in find_groups(raw, [pattern])["internal"]])
@@ -957,7 +955,7 @@ def axes_figure(raw, out, folder="grid"):
         for name, records in read_axes(raw, f"{folder}/axes-{task}.json").items():
             recall, norm = records[0]["recall"], records[0]["norm"]
             for axis, key in zip(row, keys, strict=True):
-                if not has_axis(records, key):
+                if key == "swapped_to_new" and recall == "none":
                     continue
                 axis.plot(
                     column(records, key), column(records, "hard"), marks[norm],
