@@ -3341,7 +3341,7 @@ def notebook(raw):
     return path
 
 
-def hard(raw, name):
+def hard_share(raw, name):
     """Share of hard boards solved at the largest loop count, as plainly as can be."""
     levels = json.loads((raw / "grid6" / name / "eval.json").read_text())
     return levels["hard"]["128"]["exact"]
@@ -3354,7 +3354,7 @@ def cells(text, name):
 
 
 def test_a_row_has_the_mean_and_the_n_minus_1_deviation_of_its_seeds(raw, notebook):
-    values = [hard(raw, name) for name in SEEDS]
+    values = [hard_share(raw, name) for name in SEEDS]
     row = cells(notebook.read_text(), "internal-outer")
     assert row[1] == "3"
     assert row[4] == f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
@@ -3362,26 +3362,23 @@ def test_a_row_has_the_mean_and_the_n_minus_1_deviation_of_its_seeds(raw, notebo
     assert row[6].startswith(f"{round(256 * sum(values))} of 768 [")
 
 
-def made_up_run(raw, name, **options):
-    """A run's eval.json with options of its own -> its folder and the path of the file."""
-    folder = raw / "made-up" / name
+def made_up_run(raw, name, seed, hard_exact=0.5, halting=None, **options):
+    """An eval.json with some values of its own -> its folder, in a folder made-up/."""
+    folder = raw / "made-up" / f"{name}-seed{seed}"
     folder.mkdir(parents=True)
     result = json.loads((raw / "grid6" / SINGLE / "eval.json").read_text())
-    result["config"] |= options
-    path = folder / "eval.json"
-    path.write_text(json.dumps(result))
-    return folder, path
+    result["config"] |= {"seed": seed, **options}
+    result["hard"]["128"]["exact"] = hard_exact
+    result["halting"]["hard"] |= halting or {}
+    (folder / "eval.json").write_text(json.dumps(result))
+    return folder
 
 
 def test_pairs_are_compared_seed_by_seed_with_students_interval(raw):
     shares = {"new": [0.5, 0.75, 0.875], "old": [0.25, 0.375, 0.375]}
     for name, values in shares.items():
         for seed, share in enumerate(values):
-            _, path = made_up_run(raw, f"{name}-seed{2 - seed}")
-            result = json.loads(path.read_text())
-            result["hard"]["128"]["exact"] = share
-            result["halting"]["hard"] |= {"exact": share / 4, "tries": 10}
-            path.write_text(json.dumps(result))
+            made_up_run(raw, name, 2 - seed, share, {"exact": share / 4, "tries": 10})
     table = results.make_table(raw, "pairs made-up/new made-up/old")
 
     # the 97.5 % point of Student's t with two degrees of freedom is 4.303
@@ -3398,11 +3395,9 @@ def test_pairs_are_compared_seed_by_seed_with_students_interval(raw):
 def test_halting_counts_the_puzzles_of_all_seeds(raw):
     for seed, (n, converge, right, solved, loops) in enumerate([(32, 24, 16, 20, 10),
                                                                 (64, 8, 8, 40, 40)]):
-        _, path = made_up_run(raw, f"new-seed{seed}")
-        result = json.loads(path.read_text())
-        result["halting"]["hard"] = {"n": n, "converged": converge / n, "exact": solved / n,
-                                     "converged_and_right": right / n, "loops": loops}
-        path.write_text(json.dumps(result))
+        made_up_run(raw, "new", seed, halting={
+            "n": n, "converged": converge / n, "exact": solved / n,
+            "converged_and_right": right / n, "loops": loops})
     row = cells(results.make_table(raw, "halting made-up/*"), "new")
     assert row[1] == "2"
     assert row[6:] == ["32 of 96", "24", "60", "30"]        # (32 * 10 + 64 * 40) / 96 loops
@@ -3412,7 +3407,7 @@ def test_the_rate_chosen_validates_best_and_of_equal_ones_has_the_lowest_loss(ra
     validations = {0.001: [0.5, 0.25], 0.002: [0.25, 0.75], 0.004: [0.75, 0.5], 0.008: [0.0, 0.5]}
     losses = {0.001: 0.1, 0.002: 0.3, 0.004: 0.2, 0.008: 0.1}
     for lr, values in validations.items():
-        folder, _ = made_up_run(raw, f"internal-gru-lr{lr}", lr=lr)
+        folder = made_up_run(raw, f"internal-gru-lr{lr}", 0, lr=lr)
         lines = [{"config": {}}] + [{"exact": value, "loss": losses[lr]} for value in values]
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     row = cells(results.make_table(raw, "rates made-up/*"), "internal-gru")
@@ -3428,7 +3423,7 @@ def test_the_grid_shows_what_looping_on_adds(raw):
     assert early != late
     said = (f"{statistics.mean(early):.2f} → "
             f"{statistics.mean(late):.2f} ± {statistics.stdev(late):.2f}")
-    made_up_run(raw, "none-pre-seed0")
+    made_up_run(raw, "none-pre", 0)
     table = results.make_table(raw, "grid grid6/* made-up/*")
     assert cells(table, "internal, outer")[1:] == [said, "not run"]
     # one seed where another cell of the task has three, and one where none has more
@@ -3440,52 +3435,70 @@ def test_the_grid_shows_what_looping_on_adds(raw):
     assert names == ["| none, pre", "| external, gru", "| internal, outer"]
 
 
-def test_rank_correlations_leave_out_the_swap_where_there_is_no_recall(raw):
-    records = [
-        {"run": f"{recall}-{norm}-seed{seed}", "recall": recall, "norm": norm,
-        "hard": hard_share, "converged": 1 - hard_share, "norm_ratio": 1.0, "distinct": seed,
-        "rho": [0.5, hard_share], "sensitivity_30_100_500": [9, 9, hard_share],
-        "gradient_15_30_60_120": [1, 1, 1, 2 if recall == "none" else 1],
-        "swapped_to_new": 1.0 if recall == "none" else hard_share} for seed in range(3)
-        for recall, norm, hard_share in (("none", "pre", 0.1 + seed / 100), ("none", "gru", 0.2),
-        ("internal", "pre", 0.6 + seed / 100), ("internal", "gru", 0.7), ("external", "gru", 0.8))
-    ]
+@pytest.fixture
+def axes_raw(raw):
+    """Measurements of five variants, three seeds each, and their runs. The more a variant solves,
+    the less converges; at the loops of training, 30, the order of what is solved is the reverse."""
+    variants = [("none", "pre", 0.1), ("none", "gru", 0.2), ("internal", "pre", 0.6),
+                ("internal", "gru", 0.7), ("external", "gru", 0.8)]
+    records = []
+    for recall, norm, share in variants:
+        for seed in range(3):
+            solved = share + seed / 100
+            records.append({
+                "run": f"{recall}-{norm}-seed{seed}", "recall": recall, "norm": norm,
+                "hard": solved, "converged": 1 - solved, "norm_ratio": 1.0, "distinct": seed,
+                "rho": [0.5, solved], "sensitivity_30_100_500": [9, 9, solved],
+                "gradient_15_30_60_120": [1, 1, 1, 2 if recall == "none" else 1],
+                "swapped_to_new": solved,
+            })
+            folder = raw / "task" / records[-1]["run"]
+            folder.mkdir(parents=True)
+            result = json.loads((raw / "grid6" / SINGLE / "eval.json").read_text())
+            result["hard"]["32"]["exact"] = 1 - solved
+            (folder / "eval.json").write_text(json.dumps(result))
     (raw / "axes-task.json").write_text(json.dumps(records))
-    result = json.loads((raw / "grid6" / SINGLE / "eval.json").read_text())
-    for record in records:
-        # at the loops of training, 30, the order is the other way round
-        result["hard"]["32"]["exact"] = 1 - record["hard"]
-        folder = raw / "task" / record["run"]
-        folder.mkdir(parents=True)
-        (folder / "eval.json").write_text(json.dumps(result))
-    table = results.make_table(raw, "rank axes-task.json")
-    assert cells(table, "converged")[1].startswith("-1.00 [")
-    assert cells(table, "dh/de, last")[1].startswith("+1.00 [")
-    # the largest of the inputs' radii: .5 for the two without recall
-    assert 0.8 < float(cells(table, "rho(J*)")[1].split()[0]) < 1
-    assert cells(table, "converged")[1].endswith(", 15 runs")
-    assert cells(table, "input swapped: off the new limit")[1].startswith("+1.00 [")
-    assert cells(table, "input swapped: off the new limit")[1].endswith(", 9 runs")
+    return raw
 
-    # more axes are held with recall, and among those the fewer the more is solved
-    assert cells(table, "control: recall or none")[1].startswith("+0.8")
-    held = float(cells(table, "axes held, 0 to 3")[1].split()[0])
-    assert 0 < held < 0.8
-    title = "control: axes held, accuracy at the loops of training"
-    assert float(cells(table, title)[1].split()[0]) == -held
 
-    # where the loops end: the share at rest, and medians of rho and of growth
-    ends = results.make_table(raw, "ends axes-task.json")
-    assert cells(ends, "none, pre")[1] == "89%, 0.50, 1.0"
-    assert cells(ends, "internal, gru")[1] == "30%, 0.70, 1.0"
-    assert [row.split(" | ")[0] for row in ends.splitlines()[2:]] == [
+def test_rank_correlation_by_hand():
+    assert results.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)   # 1 - 6 * 2 / 60
+    assert results.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.75 ** 0.5)     # a tie
+    assert math.isnan(results.spearman([1, 1, 1], [1, 2, 3]))
+
+
+def test_the_axes_rank_the_runs_that_they_apply_to(axes_raw):
+    table = results.make_table(axes_raw, "rank axes-task.json")
+    for title, said in [("converged", "-1.00 [-1.00, -1.00], 15 runs"),
+                        ("dh/de, last", "+1.00 [+1.00, +1.00], 15 runs"),
+                        # without recall there is no input to swap
+                        ("input swapped: off the new limit", "+1.00 [+1.00, +1.00], 9 runs"),
+                        ("norm ratio", "all equal")]:
+        assert cells(table, title)[1] == said
+
+    # each of the first two converges mostly and depends on the input, but is not smooth (2 axes and
+    # some); the others are smooth, but converge to 40 % at most (1 and some)
+    assert cells(table, "... of loops with recall")[1] == "-1.00 [-1.00, -1.00], 9 runs"
+    held = cells(table, "axes held, 0 to 3")[1]
+    assert held.startswith("-1.00")
+    in_training = cells(table, "control: axes held, accuracy at the loops of training")[1]
+    assert in_training.startswith("+1.00")
+
+
+def test_chance_is_that_of_variants_not_of_their_seeds(axes_raw):
+    table = results.make_table(axes_raw, "rank axes-task.json")
+    # whole variants swap their accuracies: of the 120 orders of five, 2.5 % reach 0.9 and more.
+    # Runs that are shuffled singly stay below 0.6
+    assert float(cells(table, "converged")[2]) > 0.85
+
+
+def test_where_the_loops_end(axes_raw):
+    table = results.make_table(axes_raw, "ends axes-task.json")
+    # the share at rest, and medians of rho and of growth
+    assert cells(table, "none, pre")[1] == "89%, 0.50, 1.0"
+    assert cells(table, "internal, gru")[1] == "29%, 0.71, 1.0"
+    assert [row.split(" | ")[0] for row in table.splitlines()[2:]] == [
         "| none, pre", "| none, gru", "| external, gru", "| internal, pre", "| internal, gru"]
-    assert cells(table, "... of loops with recall")[1].startswith("-1.00 [")
-    assert cells(table, "... of loops with recall")[1].endswith(", 9 runs")
-
-    # the control: all that is equal ranks nothing, and chance stays below 1
-    assert cells(table, "norm ratio")[1].startswith("+0.00")
-    assert 0.2 < float(cells(table, "converged")[2]) < 0.8
 
 
 def test_tables_prints_every_folder_of_runs(raw, capsys):
@@ -3505,7 +3518,7 @@ def test_check_passes_what_write_has_written_and_write_keeps_the_rest(raw, noteb
 
 
 def test_check_fails_on_a_changed_number_and_shows_the_line(raw, notebook, capsys):
-    share = f"{hard(raw, SINGLE):.3f}"
+    share = f"{hard_share(raw, SINGLE):.3f}"
     notebook.write_text(notebook.read_text().replace(f"| {share} |", "| 0.999 |"))
     assert results.main(["check", str(notebook), "--results", str(raw)]) == 1
     text = capsys.readouterr().out
@@ -3517,6 +3530,11 @@ def test_check_fails_on_a_changed_number_and_shows_the_line(raw, notebook, capsy
     ("<!-- table runs nothing/* -->\n<!-- end -->\n", "no eval.json"),
     ("<!-- table magic grid6/* -->\n<!-- end -->\n", "unknown kind"),
     ("<!-- table runs grid6/* -->\n", "<!-- end -->"),
+    ("<!-- table runs grid6/* --> \n<!-- end -->\n", "lines of their own"),
+    ("<!-- table runs grid6/* -->\n<!-- table runs grid6/* -->\n<!-- end -->\n<!-- end -->\n",
+     "lines of their own"),
+    ("<!-- table runs /grid6/* -->\n<!-- end -->\n", "table runs /grid6/*"),
+    ("<!-- table pairs grid6/internal-outer -->\n<!-- end -->\n", "in pairs"),
 ])
 def test_a_table_that_cannot_be_made_is_one_line(raw, capsys, text, expected):
     path = raw / "README.md"
@@ -3525,6 +3543,20 @@ def test_a_table_that_cannot_be_made_is_one_line(raw, capsys, text, expected):
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("seed, options", [(0, {"lr": 0.5}), (1, {})])
+def test_runs_that_are_not_seeds_of_one_experiment_are_no_row(raw, capsys, seed, options):
+    # the same name with another rate, and the same seed once more
+    folder = raw / "made-up" / "internal-outer-seed0"
+    made_up_run(raw, "internal-outer", 1)
+    made_up_run(raw, "internal-outer", 0, **options)
+    result = json.loads((folder / "eval.json").read_text())
+    result["config"]["seed"] = seed
+    (folder / "eval.json").write_text(json.dumps(result))
+    assert results.main(["tables", "--results", str(raw), str(raw / "made-up")]) == 2
+    error = capsys.readouterr().err
+    assert "not two seeds of one experiment" in error and error.count("\n") == 1
 
 
 def test_a_broken_eval_is_one_line_with_its_path(raw, capsys):
@@ -3555,17 +3587,10 @@ def test_every_table_of_the_project_is_what_its_raw_files_say():
 
 
 def test_every_number_of_the_front_page_is_looked_for(tmp_path, capsys, monkeypatch):
-    text = (ASSETS.parent / "README.md").read_text()
-    said = results.phrases(results.RAW)
-    monkeypatch.setattr(results, "phrases", lambda raw: said)       # they take a while
-    assert len(said) > 5
+    monkeypatch.setattr(results, "phrases", lambda raw: ["3 of 4 boards", "0.25 of all"])
     page = tmp_path / "README.md"
-    page.write_text(text)
+    page.write_text("It solves 3 of\n4 boards, and 0.25 of all.")
     assert results.check_prose(results.RAW, page) == 0
-    for phrase in said:
-        # the last digit of a phrase, changed wherever the phrase stands
-        digit = re.findall(r"[0-9]", phrase)[-1]
-        at = phrase.rindex(digit)
-        other = phrase[:at] + str((int(digit) + 1) % 10) + phrase[at + 1:]
-        page.write_text(" ".join(text.split()).replace(" ".join(phrase.split()), other))
-        assert results.check_prose(results.RAW, page) > 0, phrase
+    page.write_text("It solves 3 of\n4 boards, and 0.26 of all.")
+    assert results.check_prose(results.RAW, page) == 1
+    assert "does not say '0.25 of all'" in capsys.readouterr().out

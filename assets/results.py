@@ -2,8 +2,9 @@
 
     python assets/results.py tables [FOLDER ...]   # Markdown tables of any folder of runs
     python assets/results.py write [FILE.md ...]   # fill in the tables of the two READMEs
-    python assets/results.py check [FILE.md ...]   # exit code 1 if one differs from the raw files,
-                                                   # or the front page states another number
+    python assets/results.py check [FILE.md ...]   # exit code 1 if one differs from the raw files;
+                                                   # without FILE.md also if the front page lacks a
+                                                   # sentence of phrases(), with numbers in prose
     python assets/results.py curve RUN             # draw RUN/curve.png: accuracy against loops
     python assets/results.py figures [NAME ...]    # draw the figures in assets/, or some of them
     python assets/results.py movie                 # make assets/sudoku9.gif
@@ -12,10 +13,15 @@ A table in a Markdown file stands between two lines of its own, `<!-- table KIND
 and `<!-- end -->`. KIND is a key of TABLES below, an argument a pattern or a file in the folder
 of raw results: `<!-- table runs grid/chess/* -->`. A run is a folder with an eval.json; runs whose
 names differ in "-seedN" alone are one row. Standard deviations have n - 1, intervals are 95 %.
+
+Runs of your own: `tables out` prints two tables of them. For others write the two lines of a table
+into a file, say `<!-- table pairs new old -->` for out/new-seed0, out/old-seed0, ... into notes.md,
+and then `write notes.md --results out`.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import re
@@ -40,9 +46,9 @@ RAW = ASSETS / "results"
 NOTEBOOKS = [ROOT / "README.md", RAW / "README.md"]
 LEVELS = ("easy", "hard")
 
-# two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom
+# two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom; for more than 10 that
+# of 10 is used, which makes intervals a little too wide
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
 
 # the cells of the grid, in the order in which they are shown
 RECALLS = ("none", "external", "internal")
@@ -70,14 +76,19 @@ class Run(NamedTuple):
         return self.last(level)["exact"]
 
     def n(self, level):
-        """How many puzzles of this level were tested."""
+        """Puzzles tested in one pass. ("halting" has an n of its own: 32 in older runs.)"""
         config = self.result["config"]
         return config["n_test"] if level == "easy" else config["n_hard"]
 
     def halting(self, level):
-        """Puzzles that loop until they converge: shares exact and converged, mean loops, n."""
-        found = self.result["halting"][level]
-        return found["exact"], found["converged"], found["loops"], found["n"]
+        """What came out where each puzzle stopped by itself, perhaps in several tries."""
+        return self.result["halting"][level]
+
+    def settings(self):
+        """The options that seeds of one experiment have in common."""
+        own = ("seed", "out", "resume", "device", "dtype", "compile", "watch", "puzzle", "tries")
+        config = self.result["config"]
+        return {name: value for name, value in config.items() if name not in own}
 
 
 def read_json(path):
@@ -95,19 +106,25 @@ def without_seed(name):
 def read_run(path):
     """An eval.json -> Run. Raises UserError."""
     folder = path.parent
-    seed = re.search(r"seed(\d+)$", folder.name)
     name = without_seed(folder.name) or folder.resolve().parent.name
-    run = Run(folder, name, int(seed[1]) if seed else 0, read_json(path))
+    result = read_json(path)
     try:
+        run = Run(folder, name, result["config"]["seed"], result)
+        needed = [result["minutes"]]
         for level in LEVELS:
-            run.last(level)["residual"], run.n(level), run.halting(level)
+            needed += [run.last(level)["residual"], run.last(level)["norm_ratio"], run.n(level)]
+            needed += [run.halting(level)[key] for key in ("n", "exact", "converged", "loops")]
     except (LookupError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path}: not an eval.json of looped.py") from None
     return run
 
 
 def find_groups(raw, patterns):
-    """Patterns in the folder of raw results -> {name: [its runs by seed]}."""
+    """Patterns in the folder of raw results -> {name: [its runs by seed]}.
+
+    Of several patterns the names begin with the folder that the runs lie in: sudoku6/internal.
+    Raises UserError, also where runs of one name are not seeds of one experiment.
+    """
     groups = {}
     for pattern in patterns:
         runs = [read_run(path) for path in sorted(raw.glob(f"{pattern}/eval.json"))]
@@ -118,7 +135,12 @@ def find_groups(raw, patterns):
             # one name in two folders: say which
             if len(patterns) > 1 and name != run.folder.parent.name:
                 name = f"{run.folder.parent.name}/{name}"
-            groups.setdefault(name, []).append(run)
+            group = groups.setdefault(name, [])
+            for other in group:
+                if other.seed == run.seed or other.settings() != run.settings():
+                    raise UserError(f"{other.folder} and {run.folder} would be one row, but are "
+                                    "not two seeds of one experiment: rename one")
+            group.append(run)
     return groups
 
 
@@ -144,10 +166,11 @@ def hits_of(runs, level):
     return hits, sum(run.n(level) for run in runs)
 
 
-def halted(runs, levels, share):
-    """-> the sum over puzzles of what "halting" in eval.json holds as a mean, or as a share."""
-    found = [run.result["halting"][level] for run in runs for level in levels]
-    return round(sum(record[share] * record["n"] for record in found))
+def halted(runs, levels, key):
+    """Summed over all puzzles: how many "converged", are "exact", ..., or the "loops" they took."""
+    found = [run.halting(level) for run in runs for level in levels]
+    # eval.json holds means over puzzles
+    return round(sum(record[key] * record["n"] for record in found))
 
 
 def pooled(runs, level):
@@ -220,7 +243,7 @@ def front_table(raw, *patterns):
     """For the front page: a row for each group of seeds, with loop counts in parentheses.
 
     Easy puzzles are scored at the largest loop count; hard ones at the loops of training, too.
-    Minutes are those of the seed that other work on the machine disturbed least.
+    Minutes are those of the fastest seed.
     """
     head = [
         "task, seeds", "trained on (easy)", "easy solved", "tested on (hard)",
@@ -273,7 +296,7 @@ def halting_table(raw, *patterns):
     for name, runs in find_groups(raw, patterns).items():
         row = [name, len(runs)]
         for level in LEVELS:
-            n = sum(run.result["halting"][level]["n"] for run in runs)
+            n = sum(run.halting(level)["n"] for run in runs)
             row += [
                 f"{halted(runs, [level], 'converged'):,} of {n:,}",
                 f"{halted(runs, [level], 'converged_and_right'):,}",
@@ -283,14 +306,14 @@ def halting_table(raw, *patterns):
     return markdown(head, rows)
 
 
-def read_log(run):
-    """-> the records of a run's log.jsonl."""
-    return [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+def read_lines(path):
+    """-> the records of a file with one in each line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def validations(run):
     """-> the records of a run's validations: exact, loss, ..."""
-    return [record for record in read_log(run) if "exact" in record]
+    return [record for record in read_lines(run.folder / "log.jsonl") if "exact" in record]
 
 
 def learnt_table(raw, *patterns):
@@ -387,8 +410,10 @@ def pairs_table(raw, *names):
     """Two variants seed by seed on hard puzzles: the mean difference, in one pass and with tries.
 
     names: first and second, and perhaps more such pairs, of folders without their -seedN. The row
-    for tries is there if all the runs had the same number, for all their puzzles.
+    for tries is there if all the runs had the same number.
     """
+    if not names or len(names) % 2 == 1:
+        raise UserError(f"pairs {' '.join(names)}: names come in pairs, first and second")
     rows = []
     for first, second in zip(names[::2], names[1::2], strict=True):
         rows += difference_rows(raw, first, second)
@@ -404,10 +429,9 @@ def difference_rows(raw, first, second):
         raise UserError(f"{first}, {second}: a pair needs two seeds in common")
 
     shares = {"one pass": [[run.exact("hard") for run in pair] for pair in pairs]}
-    halting = [run.result["halting"]["hard"] for pair in pairs for run in pair]
-    tries = {found.get("tries", 1) for found in halting}
+    tries = {run.halting("hard").get("tries", 1) for pair in pairs for run in pair}
     if len(tries) == 1 and tries != {1}:
-        solved = [[run.halting("hard")[0] for run in pair] for pair in pairs]
+        solved = [[run.halting("hard")["exact"] for run in pair] for pair in pairs]
         shares[f"up to {min(tries)} tries"] = solved
     rows = []
     for way, solved in shares.items():
@@ -435,8 +459,9 @@ AXES = {  # a key of theory.py's records: how it is shown
 }
 
 
-# the rows of rank_table: title, axis, the accuracy it ranks, and whether only loops with recall
-# count (without recall there is no input to swap); is it the axes, or just whether there is recall?
+# the rows of rank_table: title, key of the records, the accuracy it ranks, and whether only loops
+# with recall count (without recall there is no input to swap). The last two are controls: does
+# recall alone rank as well? And is it about more loops than in training?
 RANKED = [(title, key, "hard", key == "swapped_to_new") for key, title in AXES.items()] + [
     ("axes held, 0 to 3", "held", "hard", False),
     ("... of loops with recall", "held", "hard", True),
@@ -446,11 +471,13 @@ RANKED = [(title, key, "hard", key == "swapped_to_new") for key, title in AXES.i
 
 
 def axes_held(record):
-    """0 to 3: share of inputs converged, whether the limit depends on the input, whether smooth."""
-    gradient = record["gradient_15_30_60_120"]
-    steady = abs(gradient[3] - gradient[2]) < 0.25 * gradient[3]
-    depends = record["sensitivity_30_100_500"][-1] > 1e-3
-    return record["converged"] + depends + (max(record["rho"]) < 1 and steady)
+    """0 to 3, what a run has of the axes: the share of inputs that converge; 1 if most do and the
+    limit depends on the input; 1 if the loop is smooth."""
+    depends = record["converged"] > 0.5 and record["sensitivity_30_100_500"][-1] > 1e-3
+    # of the gradients through 15, 30, 60 and 120 loops
+    *_, early, late = record["gradient_15_30_60_120"]
+    smooth = max(record["rho"]) < 1 and abs(late - early) < 0.25 * late
+    return record["converged"] + depends + smooth
 
 
 def read_axes(raw, file):
@@ -489,20 +516,21 @@ def ranks(values):
 
 
 def spearman(a, b):
-    """Rank correlation; 0 where all values of one are equal."""
+    """Rank correlation; NaN where all values of one are equal."""
     a = ranks(a)
     b = ranks(b)
     a = a - a.mean()
     b = b - b.mean()
     size = np.sqrt((a @ a) * (b @ b))
-    return a @ b / size if size > 0 else 0.0
+    return a @ b / size if size > 0 else math.nan
 
 
 def rank_table(raw, *files):
     """Rank correlation of hard accuracy with each axis over all runs, two columns for each file.
 
-    The interval is of a bootstrap over variants, as the seeds of one are no independent runs; the
-    control is the 97.5 % quantile of its size when the accuracies are shuffled among the runs.
+    The seeds of a variant are no independent runs. So the interval is of a bootstrap over variants,
+    and the control is the 97.5 % quantile of the size that is left when whole variants swap their
+    accuracies.
     """
     head = ["rank correlation with hard accuracy"]
     rows = [[title] for title, *_ in RANKED]
@@ -516,6 +544,9 @@ def rank_table(raw, *files):
             some = [records for records in variants
                     if records[0]["has_recall"] or not needs_recall]
             now, low, high, chance = bootstrap(some, key, accuracy)
+            if math.isnan(now):
+                row += ["all equal", ""]
+                continue
             runs = sum(map(len, some))
             row += [f"{now:+.2f} [{low:+.2f}, {high:+.2f}], {runs} runs", f"{chance:.2f}"]
     return markdown(head, rows)
@@ -535,26 +566,31 @@ def ends_table(raw, *files):
     return markdown(["at rest, rho, growth", *(Path(file).stem for file in files)], rows)
 
 
-def bootstrap(variants, key, accuracy, draws=1000):
+def bootstrap(variants, key, accuracy):
     """-> rank correlation of an axis with an accuracy over the runs of all variants, its interval,
-    and what chance stays below."""
+    and what 97.5 % of shuffles stay below."""
     axis = [column(records, key) for records in variants]
     hard = [column(records, accuracy) for records in variants]
 
-    def correlation(pick):
-        return spearman(np.concatenate([axis[i] for i in pick]),
-                        np.concatenate([hard[i] for i in pick]))
+    def correlation(of_axis, of_hard):
+        """Between the axis of some variants and the accuracy of some."""
+        return spearman(np.concatenate([axis[i] for i in of_axis]),
+                        np.concatenate([hard[i] for i in of_hard]))
 
+    everyone = np.arange(len(variants))
+    now = correlation(everyone, everyone)
+    if math.isnan(now):
+        return now, now, now, now
     random = np.random.RandomState(0)
     drawn = []
     shuffled = []
-    all_axis = np.concatenate(axis)
-    all_hard = np.concatenate(hard)
-    for _ in range(draws):
-        drawn.append(correlation(random.randint(len(variants), size=len(variants))))
-        shuffled.append(abs(spearman(all_axis, random.permutation(all_hard))))
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return spearman(all_axis, all_hard), low, high, np.quantile(shuffled, 0.975)
+    for _ in range(1000):
+        some = random.choice(everyone, len(everyone))
+        drawn.append(correlation(some, some))
+        shuffled.append(abs(correlation(everyone, random.permutation(everyone))))
+    # a draw may happen to hold equal values only
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    return now, low, high, np.nanquantile(shuffled, 0.975)
 
 
 def limits_table(raw, file):
@@ -607,19 +643,19 @@ def theory_table(raw, *folders):
     return markdown(["seeds from", "seeds", "rows", "seeds of which every row holds"], rows)
 
 
-def damping_table(raw, file, boards="256"):
-    """Halting with damped loops."""
+def damping_table(raw, file):
+    """Halting with damped loops, on 256 boards a seed."""
     rows = []
     for name, found in sorted(read_json(raw / file).items()):
+        boards = 256 * len(found["seeds"])
         rows.append(
             [
                 name, f"{found['solved']} of {boards}", found["rest"], found["right_at_rest"],
                 f"{found['loops']:.0f}",
             ]
         )
-    return markdown(
-        ["recall, level, damping", "solved", "converged", "of those solved", "loops, mean"], rows
-    )
+    head = ["optimizer, recall, damping", "solved", "converged", "of those solved", "loops, mean"]
+    return markdown(head, rows)
 
 
 def left_out_table(raw, file):
@@ -633,7 +669,7 @@ def left_out_table(raw, file):
 
 def tries_table(raw, file):
     """Another chance for boards that do not converge, see tries/compare.py."""
-    records = [json.loads(line) for line in (raw / file).read_text().splitlines()]
+    records = read_lines(raw / file)
     marks = list(records[0]["curve"])
     rows = []
     for r in records:
@@ -659,14 +695,14 @@ TABLES = {
 
 def make_table(raw, spec):
     """What follows "table" in a marker -> the table, a string."""
-    kind, *arguments = spec.split()
+    kind, *arguments = spec.split() or [""]
     if kind not in TABLES:
         raise UserError(f"table {spec}: unknown kind; one of {', '.join(TABLES)}")
     try:
         return TABLES[kind](raw, *arguments)
     except UserError:
         raise
-    except (LookupError, StopIteration, TypeError, ValueError) as e:
+    except (LookupError, StopIteration, TypeError, ValueError, NotImplementedError) as e:
         raise UserError(f"table {spec}: {type(e).__name__} {e}") from e
 
 
@@ -685,11 +721,10 @@ BLOCK = re.compile(r"^<!-- table (.+?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
 
 def read_blocks(path, raw):
     """A Markdown file -> its text, the text with fresh tables, [(spec, old, fresh)]."""
-    text = Path(path).read_text()
-    begun = re.findall(r"^<!-- table ", text, re.M)
-    ended = re.findall(r"^<!-- end -->$", text, re.M)
-    if len(begun) != len(ended):
-        raise UserError(f"{path}: each <!-- table ... --> needs its own <!-- end -->")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a Markdown file") from None
     blocks = []
 
     def refill(match):
@@ -697,12 +732,18 @@ def read_blocks(path, raw):
         blocks.append((match[1], match[2].strip(), fresh))
         return f"<!-- table {match[1]} -->\n{fresh}\n<!-- end -->"
 
-    return text, BLOCK.sub(refill, text), blocks
+    fresh_text = BLOCK.sub(refill, text)
+    marks = re.findall(r"^ *<!-- *(?:table|end)\b", text, re.M)
+    nested = any("<!-- table " in old for _, old, _ in blocks)
+    if len(marks) != 2 * len(blocks) or nested:
+        raise UserError(f"{path}: each <!-- table ... --> needs its own <!-- end -->, both on "
+                        "lines of their own")
+    return text, fresh_text, blocks
 
 
-def right_of_converged(runs, levels):
-    """-> how many of the puzzles that converged by themselves are right, and how many converged."""
-    return halted(runs, levels, "converged_and_right"), halted(runs, levels, "converged")
+def all_runs(raw, pattern):
+    """-> all runs of a pattern, whatever their names."""
+    return [run for runs in find_groups(raw, [pattern]).values() for run in runs]
 
 
 def phrases(raw):
@@ -727,27 +768,23 @@ def phrases(raw):
         said.append("{} of {} strings of 32 bits, and {} of {} of 512".format(*easy, *hard))
 
     # what a stack of blocks solves of the easy puzzles, beside a loop in chess
-    shares = []
-    for pattern in ("prefix_sums/fixed-pre-*", "sudoku6/fixed-pre-*", "chess/fixed-pre-*",
-                    "chess/*ternal-outer-*"):
-        groups = find_groups(raw, [f"grid/{pattern}"]).values()
-        shares.append(np.mean([run.exact("easy") for runs in groups for run in runs]))
+    shares = [np.mean([run.exact("easy") for run in all_runs(raw, f"grid/{pattern}")])
+              for pattern in ("prefix_sums/fixed-pre-*", "sudoku6/fixed-pre-*",
+                              "chess/fixed-pre-*", "chess/*ternal-outer-*")]
     said.append("of the easy ones {:.2f} (strings), {:.2f} (6x6) and {:.2f} (chess; loops: "
                 "{:.2f})".format(*shares))
 
     # boards, tried again
-    shares = [np.mean([run.halting("hard")[0] for run in find_groups(raw, [pattern])["internal"]])
+    shares = [np.mean([run.halting("hard")["exact"] for run in all_runs(raw, pattern)])
               for pattern in ("current/sudoku6/internal-*", "current/sudoku9/internal-*")]
     said.append("`--tries 10` solves {:.3f} of the hard 6x6 and {:.3f} of the hard 9x9 "
                 "boards".format(*shares))
 
     # without recall
-    groups = find_groups(raw, ["grid/prefix_sums/none-*"])
-    runs = [run for group in groups.values() for run in group]
-    some = [run for run in runs if run.exact("hard") > 0]
-    best = max(runs, key=lambda run: run.exact("hard"))
-    said.append(f"{len(some)} of {len(runs)} such runs on strings ({len(groups)} norms) solve at "
-                f"least one of 256 bits, the best {best.exact('hard'):.2f} of them")
+    hard = [run.exact("hard") for run in all_runs(raw, "grid/prefix_sums/none-*")]
+    some = [share for share in hard if share > 0]
+    said.append(f"{len(some)} of {len(hard)} such runs on strings (4 norms) solve at least one of "
+                f"256 bits, the best {max(hard):.2f} of them")
 
     # 9x9 boards that are forgotten
     boards = find_groups(raw, ["grid/sudoku9/*"])
@@ -786,11 +823,12 @@ def phrases(raw):
                 "outer norm")
 
     # what truncated backpropagation leaves out
-    records = read_json(raw / "horizon/left-out.json")
-    shares = [record["left_out_3_6_10"][0] for record in records[:3]]
+    left_out = {record["run"]: record["left_out_3_6_10"][0]
+                for record in read_json(raw / "horizon/left-out.json")}
+    shares = [left_out[f"{name}.pt"] for name in ("prefix_sums", "sudoku6", "sudoku9")]
     said.append("off by {:.2f} on strings, {:.2f} on 6x6 and {:.2f} on 9x9".format(*shares))
-    six = find_groups(raw, ["horizon/sudoku9/6loops-4000steps-*"])["6loops-4000steps"]
-    three = find_groups(raw, ["current/sudoku9/internal-*"])["internal"]
+    six = all_runs(raw, "horizon/sudoku9/6loops-4000steps-*")
+    three = all_runs(raw, "current/sudoku9/internal-*")
     hard = [f"{run.exact('hard'):.2f}" for run in six + three]
     said.append("{}, {}, {} solved; by default {}, {}, {}".format(*hard))
 
@@ -805,14 +843,12 @@ def phrases(raw):
     said.append("recall or none alone: {:.2f}, {:.2f}, {:.2f}".format(*ranked["has_recall"]))
 
     # what converges, and is right
-    groups = find_groups(raw, ["current/to-2048/sudoku6/*"]).values()
-    right, converged = np.sum([right_of_converged(runs, LEVELS) for runs in groups], axis=0)
-    said.append(f"{right:,} of {converged:,} 6x6 boards")
-    runs = find_groups(raw, ["grid/to-2048/sudoku6/internal-pre-*"])["internal-pre"]
-    said.append("{} of {} hard ones".format(*right_of_converged(runs, ["hard"])))
-    runs = find_groups(raw, ["current/chess/*"])["chess"]
-    right, converged = right_of_converged(runs, ["easy"])
-    said.append(f"{right} of {converged:,} mates in one")
+    for pattern, levels, what in (("current/to-2048/sudoku6/*", LEVELS, "6x6 boards"),
+                                  ("grid/to-2048/sudoku6/internal-pre-*", ["hard"], "hard ones"),
+                                  ("current/chess/*", ["easy"], "mates in one")):
+        runs = all_runs(raw, pattern)
+        right = halted(runs, levels, "converged_and_right")
+        said.append(f"{right:,} of {halted(runs, levels, 'converged'):,} {what}")
     return said
 
 
@@ -820,7 +856,7 @@ def write(raw, files):
     for path in files or NOTEBOOKS:
         text, fresh, blocks = read_blocks(path, raw)
         if fresh != text:
-            Path(path).write_text(fresh)
+            Path(path).write_text(fresh, encoding="utf-8")
         print(f"{path}: {len(blocks)} tables")
 
 
@@ -834,7 +870,9 @@ def check(raw, files):
                 continue
             wrong += 1
             print(f"{path}: table {spec} is not what the raw files say")
-            for before, after in zip(old.splitlines(), fresh.splitlines(), strict=False):
+            lines = itertools.zip_longest(old.splitlines(), fresh.splitlines(),
+                                          fillvalue="(no line)")
+            for before, after in lines:
                 if before != after:
                     print(f"  has  {before}\n  want {after}")
                     break
@@ -848,7 +886,7 @@ def check(raw, files):
 
 def check_prose(raw, path):
     """-> how many of the phrases the file does not have."""
-    text = " ".join(path.read_text().split())
+    text = " ".join(path.read_text(encoding="utf-8").split())
     missing = [phrase for phrase in phrases(raw) if " ".join(phrase.split()) not in text]
     for phrase in missing:
         print(f"{path}: does not say {' '.join(phrase.split())!r}, as the raw files do")
@@ -916,13 +954,15 @@ def curve(run):
     save_figure(figure, run / "curve.png")
 
 
-def grid_figure(raw, out, folder="grid"):
+def grid_figure(raw, out):
     """Hard puzzles against loops: a row for each task, a column for each norm, a line a recall."""
-    tasks = [task for task in FRONT if (raw / folder / task).is_dir()]
+    tasks = [task for task in FRONT if (raw / "grid" / task).is_dir()]
+    if not tasks:
+        raise UserError(f"{raw}/grid: no folder of a task there")
     height = 0.5 + 2.1 * len(tasks)
     figure, axes = new_figure(8.5, height, len(tasks), 4, sharey="row", sharex="row")
     for row, task in zip(axes, tasks, strict=True):
-        groups = find_groups(raw, [f"{folder}/{task}/*"])
+        groups = find_groups(raw, [f"grid/{task}/*"])
         for axis, norm in zip(row, GRID_NORMS, strict=True):
             for recall, colour in RECALL_COLOURS.items():
                 runs = groups.get(f"{recall}-{norm}", [])
@@ -945,14 +985,16 @@ def grid_figure(raw, out, folder="grid"):
     save_figure(figure, out / "grid.png")
 
 
-def axes_figure(raw, out, folder="grid"):
+def axes_figure(raw, out):
     """A point for each trained run: hard accuracy against what its float64 loop does."""
     keys = ("converged", "rho", "swapped_to_new")
-    tasks = [task for task in FRONT if (raw / folder / f"axes-{task}.json").exists()]
+    tasks = [task for task in FRONT if (raw / "grid" / f"axes-{task}.json").exists()]
+    if not tasks:
+        raise UserError(f"{raw}/grid: no axes-TASK.json there")
     figure, axes = new_figure(8.5, 0.6 + 2.4 * len(tasks), len(tasks), len(keys), sharey="row")
     marks = dict(zip(GRID_NORMS, "s^oD", strict=True))
     for row, task in zip(axes, tasks, strict=True):
-        for name, records in read_axes(raw, f"{folder}/axes-{task}.json").items():
+        for name, records in read_axes(raw, f"grid/axes-{task}.json").items():
             recall, norm = records[0]["recall"], records[0]["norm"]
             for axis, key in zip(row, keys, strict=True):
                 if key == "swapped_to_new" and recall == "none":
@@ -1191,20 +1233,20 @@ def draw_residuals(picture, x0, x1, top, bottom, residuals, total, tol):
     high = 1
     low = math.floor(math.log10(tol))
 
-    def place(t, residual):
+    def point(t, residual):
         share = (high - math.log10(residual)) / (high - low)
         return x0 + (x1 - x0) * t / total, top + (bottom - top) * min(1, share)
 
     for power in range(low, high + 1):
-        level = place(0, 10.0**power)[1]
+        level = point(0, 10.0**power)[1]
         picture.line([(x0, level), (x1, level)], CLUE, 0.5)
         picture.text(x0 - 8, level, f"{10.0**power:g}", 12, GREY, "rm")
     picture.line([(x0, bottom), (x1, bottom)], GREY)
     for t in range(0, total + 1, 20):
-        picture.text(place(t, 1)[0], bottom + 12, str(t), 12, GREY, "mm")
+        picture.text(point(t, 1)[0], bottom + 12, str(t), 12, GREY, "mm")
     picture.text(x1, bottom + 30, "loops", 12, GREY, "rm")
 
-    points = [place(t, residual) for t, residual in enumerate(residuals, 1)]
+    points = [point(t, residual) for t, residual in enumerate(residuals, 1)]
     if len(points) > 1:
         picture.line(points, BLUE, 1.5)
     x, y = points[-1]
@@ -1272,11 +1314,11 @@ def parse(argv):
     )
     parser.add_argument(
         "paths", nargs="*", metavar="PATH",
-        help="folders, Markdown files, a run or names of figures",
+        help="tables: folders; write, check: Markdown files; curve: a run; figures: names",
     )
     parser.add_argument("--results", type=Path, default=RAW, help="the folder of raw results")
     parser.add_argument("--out", type=Path, default=ASSETS, help="where figures and movies go")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def execute(args):
@@ -1294,6 +1336,8 @@ def execute(args):
     elif args.command == "figures":
         figures(args.results, args.out, args.paths)
     elif args.command == "movie":
+        if args.paths:
+            raise UserError(f"movie {args.paths[0]}: there is one only, leave the name out")
         movie(args.out)
     return 0
 
