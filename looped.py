@@ -17,7 +17,7 @@ and in two choices that decide what the fixed points are like:
 This is an independent reading of its abstract and its public code, not the author's own. To run it:
 
     python looped.py --task prefix_sums --recall internal   # laptop: train on 32 bits, solve 512
-    python looped.py --task chess --preset paper            # GPU: the author's protocol
+    python looped.py --preset paper                         # GPU: the author's protocol
 
 The whole idea is in LoopedTransformer.step (where does the input come in again, and where is the
 norm?) and in carry_loss (how to train a loop without unrolling all of it). Notation:
@@ -25,12 +25,12 @@ norm?) and in carry_loss (how to train a loop without unrolling all of it). Nota
     x, y [B, L]  token ids and labels of B puzzles of L tokens ([N, L]: of a whole set)
     e [B, L, D]  embedded input, D channels wide
     h [B, L, D]  state; h_0 = e
-    r [B, L, D]  W_e e, what recall adds in every loop; recall's other map, W_h, acts on the state
+    r [B, L, D]  W_e e, what recall adds in every loop, after a map W_h of what it is added to
     N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
     F(u)         a sub-layer, attention or MLP (in the code F is torch.nn.functional)
 
-A loop is one call of LoopedTransformer.step. Everywhere else a step, as in --steps, is one of the
-optimizer: one update of the weights, by default after a few more loops of each puzzle in the batch.
+A loop is one call of LoopedTransformer.step. Everywhere else a step, as in --steps, is one update
+of the weights; by default each puzzle of the batch has a few more loops in it.
 cfg is a Config (below): every field is an option of the command line. The puzzles are in data.py. A
 Task there has a loss (cross-entropy of the tokens), predict (logits -> labels), scored (the tokens
 that are asked for), augment and rename (a random symmetry).
@@ -82,8 +82,8 @@ class RMSNorm(nn.Module):
 def rotary_table(grid, head_dim, base, like):
     """cos and sin [L, 1, head_dim / 2] of RoPE (arXiv 2104.09864), an angle for a pair of channels.
 
-    Each axis of the grid has k = head_dim / (2 * axes) pairs: on a board the first half turn with
-    the row, the others with the column. Pair j of an axis turns by p * base ** (-j / k) at place p.
+    Each axis of the grid has k = head_dim / (2 * axes) pairs: on a board half of them turn with the
+    row, the others with the column. Pair j of an axis turns by p * base ** (-j / k) at place p.
     Device and dtype are those of the tensor `like`.
     """
     k = head_dim // (2 * len(grid))
@@ -249,8 +249,8 @@ class LoopedTransformer(nn.Module):
         """One loop: h [B, L, D], r from recall() -> h [B, L, D].
 
         Both choices of the paper are made here: where does the input come in again, and where is
-        the norm? Under autocast to bf16 the state stays in fp32: h + f is fp32 because h is, and
-        what is no such sum, external recall and the gate, is cast by .to(h.dtype).
+        the norm? Under autocast to bf16 the state stays in fp32: a sum h + f is fp32 because h is;
+        external recall and the gate are no such sums, hence their .to(h.dtype).
         """
         recall = self.cfg.recall
         norm = self.cfg.norm
@@ -338,9 +338,8 @@ def carry_loss(model, batch, carry):
     """
     cfg = model.cfg
     new_x, new_y = batch
-    # puzzles that have had all their loops are replaced, and the new ones start from h_0 = e; most
-    # of the new batch is not used, but drawing all of it keeps the shapes fixed (a compiled model
-    # would be compiled again for others)
+    # a puzzle that has had all its loops is replaced by a new one, at h_0 = e. A whole new batch is
+    # drawn and mostly not used: a compiled model wants fixed shapes
     done = carry["age"] >= cfg.loops
     x = torch.where(done[:, None], new_x, carry["x"])
     y = torch.where(done[:, None], new_y, carry["y"])
@@ -348,9 +347,8 @@ def carry_loss(model, batch, carry):
     logits, h, old = model(x, cfg.grad_loops, carry["h"], restart=done)
     loss = model.task.loss(logits, y)
 
-    # the rest term: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens (relative_change(), for tables,
-    # takes the largest of the tokens, and no squares). The denominator is detached, so that to make
-    # h larger does not lower the loss
+    # the rest term: |h_t - h_{t-1}|^2 / |h_t|^2, mean over tokens. The denominator is detached, so
+    # that to make h larger does not lower the loss
     motion = (h - old).square().sum(-1) / h.detach().square().sum(-1)
     loss = loss + cfg.rest * motion.mean()
 
@@ -361,8 +359,8 @@ def carry_loss(model, batch, carry):
 def start_carry(model, batch):
     """The first carry: new puzzles, all at h_0 = e."""
     x, y = batch
-    # made-up ages, staggered: otherwise all puzzles would be replaced in the same step, instead of
-    # about as many in each. The price: most of this first batch get fewer loops
+    # made-up ages: with equal ones all puzzles would be replaced in the same step, instead of as
+    # many in each. The price: most of this first batch get fewer loops
     age = torch.arange(len(x), device=x.device) * model.cfg.loops // len(x)
     return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
 
@@ -412,8 +410,8 @@ def option(default, help, choices=(), low=None, group=None, tasks=()):
 class Config:
     """Options of a run. Raises UserError.
 
-    None becomes the default of the task, else of boards (DEFAULTS and BOARD, below); an option that
-    has neither stays None.
+    None becomes the default of the task, or else the common one (DEFAULTS and COMMON, below); an
+    option that has neither stays None.
     """
 
     # task and data
@@ -483,7 +481,7 @@ class Config:
     preset: str = option(None, "the author's protocol; other flags win over it", ("paper",))
 
     def __post_init__(self):
-        defaults = BOARD | DEFAULTS.get(self.key, {})
+        defaults = COMMON | DEFAULTS.get(self.key, {})
         for field in dataclasses.fields(self):
             if getattr(self, field.name) is None:
                 setattr(self, field.name, defaults.get(field.name))
@@ -539,9 +537,9 @@ class Config:
 # -----------------------------------------------------------------------------
 # defaults of the tasks, and the author's protocol
 
-# 9x9 sudoku, and what the others leave open; a puzzle gets its 30 loops in 10 optimizer steps
-BOARD = dict(n_train=20000, n_hard=256, window=0, loops=30, grad_loops=3, steps=8000, lr=4e-3,
-             eval_loops=512, damping=0.25)
+# those of 9x9 sudoku, and what the others leave open; a puzzle gets its 30 loops in 10 steps
+COMMON = dict(n_train=20000, n_hard=256, window=0, loops=30, grad_loops=3, steps=8000, lr=4e-3,
+              eval_loops=512, damping=0.25)
 DEFAULTS = {
     "prefix_sums": dict(n_train=8000, n_hard=64, window=5, loops=21, steps=400, lr=8e-3,
                         eval_loops=500, damping=0.0),
@@ -584,7 +582,7 @@ def get_lr(cfg, step):
 
 
 def orthogonalize(u):
-    """A matrix -> one with the same singular vectors, whose singular values are all near 1.
+    """A matrix -> one with the same singular vectors, its singular values mostly near 1.
 
     Newton-Schulz: each turn maps all singular values s to a s + b s^3 + c s^5. The coefficients are
     those of Jordan et al. (2024), by which most values end between 0.7 and 1.2.
@@ -641,11 +639,10 @@ def configure_optimizers(model, cfg):
         optimizers = []
         lr_scale = 1.0
     elif cfg.optimizer == "muon":
-        # Muon is meant for maps from hidden to hidden channels, not for the two ends (pos_emb may
-        # be None, which is no parameter's id)
-        ends = {id(p) for p in (model.tok_emb.weight, model.pos_emb, model.head[-1].weight)}
-        hidden = [p for p in matrices if p.dim() == 2 and id(p) not in ends]
-        matrices = [p for p in matrices if p.dim() > 2 or id(p) in ends]
+        # Muon is meant for maps from hidden to hidden channels, not for the two ends
+        ends = (model.tok_emb.weight, model.pos_emb, model.head[-1].weight)
+        hidden = [p for p in matrices if all(p is not end for end in ends)]
+        matrices = [p for p in matrices if any(p is end for end in ends)]
         optimizers = [Muon([{"params": hidden, "lr_scale": 1.0}], cfg.weight_decay)]
         # half of Muon's rate was a good one for the rest, among the few that were tried
         lr_scale = 0.5
@@ -688,7 +685,7 @@ def train(cfg, model, sets, out, checkpoint=None):
 
     optimizers = configure_optimizers(model, cfg)
     rng = torch.Generator(device).manual_seed(cfg.seed)
-    # how far the run has come; seconds are those of training, without the validations
+    # what a checkpoint holds of a run, besides model and optimizers; seconds of training alone
     run = {"step": 0, "seconds": 0.0, "carry": None, "best": clone_weights(model), "best_val": -1.0}
     if checkpoint is not None:
         run = {name: checkpoint[name] for name in run}
@@ -805,17 +802,34 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
         yield t, h, residual
 
 
+def loop_until_converged(model, x, tol, max_loops, damping):
+    """One try of solve(), below: each puzzle loops until none of its tokens moves more than tol.
+
+    -> logits [N, L, classes], loops used [N], converged [N] (False: max_loops was not enough).
+    """
+    parts = []
+    for xb in x.split(chunk_size(x)):
+        used = torch.zeros(len(xb), dtype=torch.long, device=x.device)
+        converged = torch.zeros(len(xb), dtype=torch.bool, device=x.device)
+        for t, h, residual in run_loop(model, xb, max_loops, freeze_below=tol, damping=damping):
+            used[~converged] = t
+            converged = residual < tol
+            if converged.all() or t == max_loops:
+                parts.append((model.readout(h), used, converged))
+                break
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
 @torch.inference_mode()
 def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0, tries=1, generator=None, progress=None):
-    """Adaptive halting: each puzzle loops until none of its tokens moves more than tol.
+    """Adaptive halting: each puzzle loops until its state has converged (loop_until_converged).
 
     x [N, L] of any integer type. With tries > 1 a puzzle that does not converge is tried again in
     a random symmetric form, `tries` in all: a board with its digits renamed and its rows and
     columns in another order. The first try that converges counts, or else the first of all.
     (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
     generator: of the symmetric forms. progress(tried, tries) is called before each further try.
-    -> logits [N, L, classes], loops used in all tries [N], converged [N] (False: max_loops was not
-    enough).
+    -> logits [N, L, classes], loops used in all tries [N], converged [N].
     """
     logits, used, converged = loop_until_converged(model, x, tol, max_loops, damping)
     for tried in range(1, tries):
@@ -830,21 +844,6 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0, tries=1, generator=No
         used[left] += loops
         converged[left[now]] = True
     return logits, used, converged
-
-
-def loop_until_converged(model, x, tol, max_loops, damping):
-    """One try of solve() -> logits [N, L, classes], loops used [N], converged [N]."""
-    parts = []
-    for xb in x.split(chunk_size(x)):
-        used = torch.zeros(len(xb), dtype=torch.long, device=x.device)
-        converged = torch.zeros(len(xb), dtype=torch.bool, device=x.device)
-        for t, h, residual in run_loop(model, xb, max_loops, freeze_below=tol, damping=damping):
-            used[~converged] = t
-            converged = residual < tol
-            if converged.all() or t == max_loops:
-                parts.append((model.readout(h), used, converged))
-                break
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def evaluate(model, x, y, counts, **options):
@@ -944,7 +943,7 @@ def wilson(rate, n):
 
 
 def report(cfg, model, sets):
-    """Evaluate both test sets and print the table -> the content of eval.json."""
+    """Evaluate both test sets and print the table -> what eval.json says of them."""
     levels = data.levels(model.task, cfg.files)
     # 1, 2, 4, ... and eval_loops
     counts = sorted({2 ** i for i in range(cfg.eval_loops.bit_length())} | {cfg.eval_loops})
@@ -955,19 +954,21 @@ def report(cfg, model, sets):
         progress = data.progress(f"evaluating {level}")
         result[level], labels, used, converged = evaluate_and_halt(
             model, x, y, counts, progress, tol=cfg.tol)
-        # with --tries above 1 they replace the one pass above, and all of them are damped
+        # with --tries above 1 halting is that of the tries, all of them damped
+        damping = 0.0
         if cfg.tries > 1:
+            damping = cfg.damping
             generator = torch.Generator(x.device).manual_seed(cfg.seed)
             progress = data.progress(f"trying {level} again")
-            logits, used, converged = solve(model, x, cfg.tol, cfg.eval_loops, cfg.damping,
-                                            cfg.tries, generator, progress)
+            logits, used, converged = solve(model, x, cfg.tol, cfg.eval_loops, damping, cfg.tries,
+                                            generator, progress)
             labels = model.task.predict(logits)
         right = (labels == y).all(-1)
         n = len(x)
         result["halting"][level] = {
             "n": n,
             "tries": cfg.tries,
-            "damping": cfg.damping if cfg.tries > 1 else 0.0,
+            "damping": damping,
             "exact": right.sum().item() / n,
             "loops": used.sum().item() / n,
             "converged": converged.sum().item() / n,
@@ -998,8 +999,8 @@ def print_table(cfg, levels, counts, result):
         print(f"\n{level}: {meaning}, {halt['n']} puzzles\n"
               f"  {solved:.3f} solved at {cfg.eval_loops} loops (95 % interval {low:.3f} to "
               f"{high:.3f}; best at {best} loops)\n"
-              f"  {halt['exact']:.3f} solved {how}: {halt['converged']:.0%} converge, "
-              f"{halt['loops']:.0f} loops")
+              f"  {halt['exact']:.3f} solved {how}: "
+              f"{round(halt['converged'] * halt['n'])} converge, {halt['loops']:.0f} loops")
 
 
 @torch.inference_mode()
@@ -1017,6 +1018,8 @@ def watch(cfg, model):
         x, y = hard.x[0], hard.y[0]
         text = task.text(x)
 
+    shown = None            # the labels that were printed last; labels: those that are printed now
+
     def mark(i, text):
         """The text of token i with a sign behind it."""
         if shown is None or labels[i] != shown[i]:
@@ -1029,7 +1032,6 @@ def watch(cfg, model):
     if cfg.damping > 0:
         print(f"damped: each loop is h <- {1 - cfg.damping:g} step(h) + {cfg.damping:g} h")
 
-    shown = None                            # the labels that were printed last
     max_loops = 2 * cfg.eval_loops          # a puzzle of yours may be harder than ours
     batch = torch.as_tensor(x)[None]
     loop = run_loop(model, batch, max_loops, freeze_below=cfg.tol, damping=cfg.damping)
@@ -1071,11 +1073,15 @@ def restore(checkpoint, model, optimizers, rng):
         rng.set_state(checkpoint["rng"].cpu())
 
 
-def read_checkpoint(path, device="cpu"):
-    """A run's folder or its ckpt.pt -> checkpoint, model with the best weights; or UserError."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "ckpt.pt"
+def checkpoint_path(run):
+    """A run's folder or a .pt file -> the .pt file."""
+    path = Path(run)
+    return path / "ckpt.pt" if path.is_dir() else path
+
+
+def read_checkpoint(run, device="cpu"):
+    """A run's folder or a .pt file -> checkpoint, model with the best weights; or UserError."""
+    path = checkpoint_path(run)
     if not path.is_file():
         raise UserError(f"{path}: there is no checkpoint; give a run's folder or a .pt file")
     try:
@@ -1140,10 +1146,10 @@ def help_text(field):
     if field.metadata["choices"]:
         text += " [" + "|".join(map(str, field.metadata["choices"])) + "]"
     default = field.default
-    if field.name in BOARD:
+    if field.name in COMMON:
         own = [f"{task}: {values[field.name]}" for task, values in DEFAULTS.items()
                if field.name in values]
-        default = "; ".join([str(BOARD[field.name]), *own])
+        default = "; ".join([str(COMMON[field.name]), *own])
     if default is not None and default is not False:
         text += f" (default: {default})"
     return text.replace("%", "%%")          # argparse formats it
@@ -1252,11 +1258,9 @@ def get_splits(cfg, device, train=True):
     }
 
 
-def run_folder(resume):
-    """-> the folder of the run that a checkpoint belongs to."""
-    path = Path(resume)
-    if path.is_dir():
-        return path
+def run_folder(run):
+    """A run's folder or a .pt file -> the folder that its results go to."""
+    path = checkpoint_path(run)
     if path.name == "ckpt.pt":
         return path.parent
     return Path("out", path.stem)       # a file of weights, such as those in assets/
@@ -1266,7 +1270,7 @@ def run_folder(resume):
 def claimed_folder(cfg):
     """The folder to write to. Its log.jsonl claims it; UserError if another run has it.
 
-    If nothing is saved there, it is given up at the end, so that the same command works again.
+    A run that saves nothing gives it up at the end, so that the same command works again.
     """
     out = Path("out", f"{cfg.key}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}")
     if cfg.out is not None:
@@ -1276,8 +1280,8 @@ def claimed_folder(cfg):
     out.mkdir(parents=True, exist_ok=True)
     run = shlex.quote(str(out))
 
-    here = out.resolve()
-    resumes = cfg.resume is not None and Path(cfg.resume).resolve() in (here, here / "ckpt.pt")
+    own = (out / "ckpt.pt").resolve()
+    resumes = cfg.resume is not None and checkpoint_path(cfg.resume).resolve() == own
     if not resumes:
         try:
             open(out / "log.jsonl", "x").close()    # of two new runs at the same time one succeeds

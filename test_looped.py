@@ -1706,8 +1706,8 @@ def test_help_shows_every_option_with_its_default_and_fits_the_terminal(capsys, 
     options = dict(re.findall(r"^  --(\w+) (.*)", text, re.M))
     for field in dataclasses.fields(looped.Config):
         own_default = looped.DEFAULTS["prefix_sums"].get(field.name)
-        if field.name in looped.BOARD:
-            assert f"(default: {looped.BOARD[field.name]}" in options[field.name], field.name
+        if field.name in looped.COMMON:
+            assert f"(default: {looped.COMMON[field.name]}" in options[field.name], field.name
         if own_default is not None:
             assert f"; prefix_sums: {own_default}" in options[field.name], field.name
         elif field.default is not None and field.type is not bool:
