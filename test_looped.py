@@ -179,61 +179,25 @@ def windows(L, w, inwards=True):
     return (i.T >= start) & (i.T < start + w)
 
 
-GRIDS = [(5,), (31,), (33,), (48,), (49,), (64,), (65,), (100,), (513,), (6, 6), (5, 13), (2, 3)]
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", [(3,), (5,), (8,), (100,), (6, 6), (2, 3)], ids=str)
 def test_attention_is_torchs_own_with_the_window_as_a_mask(grid):
     L = math.prod(grid)
     u = torch.randn(2, L, 16).double()
     for w in (0, 1, 3, 5, 7):
-        if w > L:
-            continue
+        seen = min(w or L, L)           # a window that is longer than the string sees all of it
         attn = looped.Attention(16, 2, grid, w, 10.0).double()
         for norm in (attn.q_norm, attn.k_norm):
             norm.weight.data = torch.rand(8).double() + 0.5
         got = attn(u)
-        assert close(got, attention(attn, u, grid, windows(L, w or L)), atol=1e-12), w
+        assert close(got, attention(attn, u, grid, windows(L, seen)), atol=1e-12), w
 
         # controls: a narrower window, places in one row, windows that do not shift inwards;
         # where a token sees itself only, they are no different
-        others = [(grid, windows(L, max(1, w - 2))),
-                  ((L, 1), windows(L, w or L)),
-                  (grid, windows(L, w or 3, inwards=False))]
+        others = [(grid, windows(L, max(1, seen - 2))),
+                  ((L, 1), windows(L, seen)),
+                  (grid, windows(L, seen if w else 3, inwards=False))]
         for other in others:
-            assert close(got, attention(attn, u, *other), atol=1e-12) == (w == 1), w
-
-
-def test_a_window_that_is_longer_than_the_string_sees_all_of_it():
-    attn = looped.Attention(16, 2, (3,), 5, 10.0).double()
-    u = torch.randn(2, 3, 16).double()
-    assert close(attn(u), attention(attn, u, (3,), windows(3, 3)), atol=1e-12)
-
-
-def test_positions_count_but_only_relative_ones():
-    model = model_of(bits=59)
-    h = torch.randn(16).double().repeat(1, 60, 1)
-    h[:, 20:24] = torch.randn(4, 16).double()
-
-    def middle(h, shift=0):
-        """3 loops reach 6 tokens, so that the middle knows nothing of the ends."""
-        x = torch.zeros(1, 60).long()
-        h = model(x, 3, h)[1]
-        return h[:, 12 + shift:39 + shift]
-
-    # all moved 9 places to the right: so is the result
-    moved = h.roll(9, 1)
-    assert close(middle(h), middle(moved, 9), atol=1e-12)
-
-    # control: absolute places
-    places = torch.randn(1, 60, 16).double()
-    assert not close(middle(h + places), middle(moved + places, 9))
-
-    # control: a window is no bag of tokens
-    attn = model.blocks[0].attn
-    order = [*range(21), 22, 21, *range(23, 60)]
-    swapped = attn(h[:, order])
-    assert not close(attn(h)[0, 23], swapped[0, 23], atol=1e-6)
+            assert close(got, attention(attn, u, *other), atol=1e-12) == (seen == 1), w
 
 
 def test_the_norm_and_the_rotary_angles_are_exact_to_fp32_under_bf16(monkeypatch):
@@ -273,6 +237,7 @@ def test_each_task_has_its_own_grid_window_and_base_of_rope(task, base, window, 
     for block in looped.LoopedTransformer(tiny(**options, blocks=2)).blocks:
         attn = block.attn
         assert (attn.rope_base, attn.window, attn.grid) == (base, window, grid)
+        assert attn.heads == TINY["heads"]
 
 
 def gru(cell, x, h):
@@ -399,9 +364,10 @@ def test_the_gru_begins_by_keeping_most_of_the_state():
         cell = block.gru
         assert cell.bias_ih.tolist() == cell.bias_hh.tolist() == [0] * 16 + [1] * 16 + [0] * 16
 
-        # with a new state of 0 the cell returns the share that it keeps: sigmoid(2) = 0.88
-        kept = cell(torch.zeros(1, 16), 1e-4 * torch.ones(1, 16)) / 1e-4
-        assert 0.5 < kept.mean().item() < 1.2
+        # without this the new state is 0 where the input is, so that what is kept is seen alone
+        cell.weight_hh.data.zero_()
+        kept = cell(torch.zeros(1, 16), torch.ones(1, 16))
+        assert close(kept, torch.full((1, 16), 0.8808), atol=1e-4)      # sigmoid(2)
 
 
 @pytest.mark.parametrize("name", ["norm", "recall", "train", "decay", "optimizer"])
@@ -412,11 +378,11 @@ def test_a_choice_without_its_branch_is_an_error_that_names_it(name, monkeypatch
     monkeypatch.setattr(field, "metadata", dict(field.metadata) | {"choices": more})
     cfg = tiny(**{name: "mine"})
     with pytest.raises(ValueError, match=f"{name}.*mine.* has no branch"):
-        looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), tmp_path)
+        train(cfg, tmp_path)
 
     # control: the same road with a choice that has a branch
     cfg = tiny(**{name: field.metadata["choices"][0]})
-    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), tmp_path)
+    train(cfg, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -449,7 +415,7 @@ def test_carry_loss_is_the_loss_of_puzzles_unrolled_one_by_one(rest):
             total += F.cross_entropy(model.readout(end)[0].float(), y[b]) / 4
             # the length of the state is a number here: growing is no way to look still
             for old, new in zip(middle[0], end[0], strict=True):
-                total += rest / 36 * ((new - old).norm() / new.norm().item()) ** 2
+                total += rest / (4 * 9) * ((new - old).norm() / new.norm().item()) ** 2
         return total
 
     assert close(loss.double(), naive(h).double(), atol=1e-6)
@@ -492,14 +458,17 @@ def test_progressive_loss_is_the_naive_one_and_draws_n_and_k_uniformly():
         assert modes == [False] * n + [True] * k
         return loss, n, k
 
-    for _ in range(5):
+    drawn = []
+    for _ in range(8):
         loss, n, k = draw(real_step)
+        drawn.append(n)
         model.step = real_step
         e = model.embed(x)
         start = unroll(model, e, e, n).detach() if n > 0 else e
         naive = F.cross_entropy(model.readout(unroll(model, start, e, k)).float().mT, y)
         assert close(loss, naive, atol=1e-6)
         assert close(gradient(model, loss), gradient(model, naive), atol=1e-6)
+    assert min(drawn) == 0 < max(drawn)         # with n = 0 the start keeps its gradient
 
     # n is one of 0 .. 3, and k one of what is left of 4 loops
     draws = 1500
@@ -547,7 +516,7 @@ def test_evaluate_is_the_naive_computation():
         for name, value in naive.items():
             assert got[t][name] == pytest.approx(value.item(), rel=1e-6), (t, name)
     assert got[3]["exact"] == pytest.approx(5 / 7)
-    assert got[3]["token"] == pytest.approx(1 - 1 / 112)
+    assert got[3]["token"] == pytest.approx(1 - 1 / (7 * 16))
 
 
 def pull(self, h, r):
@@ -556,26 +525,35 @@ def pull(self, h, r):
     return h + (0.2 + 0.03 * ones) * (3 * r.roll(1, 1) - h), ones
 
 
-def test_solve_lets_each_puzzle_rest_by_itself_and_reports_those_that_never_do(monkeypatch):
+@pytest.mark.parametrize("tol, last", [(1e-4, 200), (1e-4, 30), (1e-7, 60)])
+def test_each_puzzle_stops_by_itself_in_solve_and_beside_the_table(tol, last, monkeypatch):
     model = add_input(model_of())
     x = torch.tensor([[1] * k + [0] * (9 - k) for k in range(10)]).repeat(50, 1)    # two chunks
 
-    monkeypatch.setattr(looped.LoopedTransformer, "step", lambda *args: pull(*args)[0])
-    logits, used, converged = looped.solve(model, x, tol=1e-4, max_loops=200)
-    for b in (*range(10), 499):
-        e = model.embed(x[b:b + 1])
-        path = [unroll(model, e, e, t) for t in range(used[b] + 1)]
-        moved = [((new - old).norm(dim=-1) / old.norm(dim=-1)).max().item()
-                 for new, old in zip(path[1:], path[:-1], strict=True)]
-        assert moved[-1] < 1e-4 <= min(moved[:-1])
-        assert close(logits[b], model.readout(path[-1])[0])
-    assert converged.all()
-    assert len(set(used.tolist())) >= 8
+    def step(self, h, r):
+        """The puzzle with two ones goes round for ever."""
+        new, ones = pull(self, h, r)
+        return torch.where(ones == 2, -h, new)
 
-    # with too few loops the same puzzles rest as before, the others are reported
-    _, few, in_time = looped.solve(model, x, tol=1e-4, max_loops=30)
-    assert same([few, in_time], [used.clamp(max=30), used <= 30])
-    assert in_time.any() and not in_time.all()
+    monkeypatch.setattr(looped.LoopedTransformer, "step", step)
+    logits, used, converged = looped.solve(model, x, tol=tol, max_loops=last)
+    for b in (*range(10), 499):
+        e = h = model.embed(x[b:b + 1])
+        t = 0
+        rests = False
+        while t < last and not rests:
+            old, h = h, model.step(h, model.recall(e))
+            rests = ((h - old).norm(dim=-1) / old.norm(dim=-1)).max().item() < tol
+            t += 1
+        assert (used[b], converged[b]) == (t, rests)
+        assert close(logits[b], model.readout(h)[0])
+    assert converged.any() and not converged.all() and len(set(used.tolist())) > 4
+
+    # the table's own halting is the same, and the table that of evaluate
+    table, labels, *halted = looped.evaluate_and_halt(model, x, x, [1, last], tol=tol)
+    assert same([labels, *halted], [logits.argmax(-1), used, converged])
+    if tol > looped.ROUNDING:
+        assert table == looped.evaluate(model, x, x, [1, last])
 
 
 def test_a_puzzle_at_rest_costs_nothing_and_a_nan_is_not_at_rest(monkeypatch):
@@ -602,10 +580,6 @@ def test_a_puzzle_at_rest_costs_nothing_and_a_nan_is_not_at_rest(monkeypatch):
     assert asked[0] == 10 and asked[-1] == 1        # the control: the NaN is asked to the end
     for b in (0, 2, 9):
         rest = int((~still_moves[:, b]).nonzero()[0])
-        h = model.embed(x[b:b + 1])
-        for _ in range(rest + 1):
-            h, _ = pull(model, h, model.recall(model.embed(x[b:b + 1])))
-        assert close(path[rest][0][b], h[0])
         assert same(path[rest][0][b], path[-1][0][b])
         assert 0 < moved[rest, b] < tol
 
@@ -709,91 +683,52 @@ def test_the_report_gives_the_tests_at_the_last_loop_count_and_the_best_only_bes
     exact = {"easy": {1: 0.25, 2: 0.875, 4: 0.5}, "hard": {1: 0.0, 2: 0.375, 4: 0.125},
              "train": {1: 1.0, 2: 1.0, 4: 1.0}, "val": {1: 1.0, 2: 1.0, 4: 1.0}}
     result, printed = scripted_report(monkeypatch, capsys, exact)
-    for level, n in (("easy", 6), ("hard", 8)):
-        assert {t: row["exact"] for t, row in result[level].items()} == exact[level]
-        stops = "solved when each stops by itself"
-        assert re.search(rf"^{level}: .*, {n} puzzles\n.*\n.* {stops}", printed, re.M)
-
-        # the sentence: 4 loops, and the interval of the rate at 4 loops
-        low, high = looped.wilson(exact[level][4], n)
-        said = re.search(rf"{level}: .*\n +(\S+) solved at 4 loops .*?(\S+) to (\S+);.* (\d+) l",
-                         printed.replace("\n  ", "\n "))
-        assert said.groups() == (f"{exact[level][4]:.3f}", f"{low:.3f}", f"{high:.3f}", "2")
-
-    # the table: a row for each loop count, easy before hard
-    rows = re.findall(r"^ +(\d+) \| +(\S+) +\S+ \| +(\S+) +\S+$", printed, re.M)
-    assert rows == [("1", "0.250", "0.000"), ("2", "0.875", "0.375"), ("4", "0.500", "0.125")]
-
-
-@pytest.mark.parametrize("damping", [0.25, 0.75])
-def test_tries_in_the_report_are_damped_as_asked_and_the_table_is_not(damping, monkeypatch, capsys):
-    cfg = tiny(**BOARD, damping=damping, eval_loops=50, tries=2, tol=1e-4)
-    monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: r - 0.2 * h)
-    sets = sets_of(cfg)
-    model = add_input(looped.LoopedTransformer(cfg))
-    result = looped.report(cfg, model, sets)
-    plain = looped.report(tiny(**BOARD, eval_loops=50, tol=1e-4), model, sets)
-
-    def loops_to_rest(d):
-        """The same loop for a state that is s times the input."""
-        s = 1.0
-        for t in range(1, 51):
-            new = 1 - 0.2 * s
-            if abs(new - s) / abs(s) < cfg.tol:
-                return t
-            s = (1 - d) * new + d * s
-
     for level in ("easy", "hard"):
-        halting = result["halting"][level]
-        assert (halting["loops"], halting["converged"]) == (loops_to_rest(damping), 1)
-        assert plain["halting"][level]["loops"] == loops_to_rest(0.0)
-        assert result[level] == plain[level]
-    assert len({loops_to_rest(d) for d in (0.0, 0.25, 0.75)}) == 3
+        assert {t: row["exact"] for t, row in result[level].items()} == exact[level]
+        assert result["halting"][level]["damping"] == 0
+
+    # the rows are those of a script; Wilson's intervals of 3 of 6 and 1 of 8 by hand
+    assert printed == """
+ loops |  easy solved  residual |  hard solved  residual
+     1 |        0.250   5.0e-01 |        0.000   5.0e-01
+     2 |        0.875   5.0e-01 |        0.375   5.0e-01
+     4 |        0.500   5.0e-01 |        0.125   5.0e-01
+
+easy: 12 bits, 6 puzzles
+  0.500 solved at 4 loops (95 % interval 0.188 to 0.812; best at 2 loops)
+  1.000 solved when each stops by itself: 0 converge, 0 loops
+
+hard: 24 bits, 8 puzzles
+  0.125 solved at 4 loops (95 % interval 0.022 to 0.471; best at 2 loops)
+  1.000 solved when each stops by itself: 0 converge, 0 loops
+"""
 
 
-def test_halting_of_the_table_is_that_of_solve(monkeypatch):
-    model = add_input(model_of(bits=16))
-    x = torch.tensor([[1] * k + [0] * (17 - k) for k in range(17)]).repeat(30, 1)   # two chunks
-    y = torch.randint(2, x.shape)
-
-    def step(self, h, r):
-        """The puzzle with two ones goes round for ever."""
-        new, ones = pull(self, h, r)
-        return torch.where(ones == 2, -h, new)
-    monkeypatch.setattr(looped.LoopedTransformer, "step", step)
-
-    for tol, last in ((1e-4, 60), (1e-4, 20), (1e-7, 60)):
-        table, *halted = looped.evaluate_and_halt(model, x, y, [1, last], tol=tol)
-        labels, used, converged = halted
-        logits, loops, rests = looped.solve(model, x, tol=tol, max_loops=last)
-        assert same([labels, used, converged], [logits.argmax(-1), loops, rests])
-        if tol > looped.ROUNDING:
-            assert table == looped.evaluate(model, x, y, [1, last])
-        assert converged.any() and not converged.all()              # control
-    assert len(set(used.tolist())) > 5
-
-
-def test_with_tries_halting_looks_at_every_puzzle_and_counts_what_is_both(monkeypatch, capsys):
-    cfg = tiny(**BOARD, n_test=40, n_hard=40, tries=2)
+def test_with_tries_halting_is_that_of_solve_for_every_puzzle(monkeypatch, capsys):
+    cfg = tiny(**BOARD, n_test=40, n_hard=40, tries=2, damping=0.75, eval_loops=5)
     sets = sets_of(cfg)
     converged = torch.arange(40) % 2 == 0
     right = torch.arange(40) % 4 == 0
 
-    def solve(model, x, *options):
+    def solve(model, x, tol, max_loops, damping, tries, generator, progress):
+        assert (tol, max_loops, damping, tries) == (cfg.tol, 5, 0.75, 2)
+        assert generator.initial_seed() == cfg.seed
         y = next(y for x_all, y in sets.values() if same(x_all, x))
         labels = torch.where(right[:, None], y, 0)
         return give_marks(labels, 5), torch.full((40,), 3), converged
+
     monkeypatch.setattr(looped, "solve", solve)
     result = looped.report(cfg, looped.LoopedTransformer(cfg), sets)
     for level in ("easy", "hard"):
-        found = result["halting"][level]
-        assert (found["n"], found["tries"], found["loops"]) == (40, 2, 3)
-        assert (found["exact"], found["converged"]) == (0.25, 0.5)
-        assert found["converged_and_right"] == 0.25
+        assert list(result[level]) == [1, 2, 4, 5]
+        assert result["halting"][level] == {
+            "n": 40, "tries": 2, "damping": 0.75, "loops": 3, "exact": 0.25, "converged": 0.5,
+            "converged_and_right": 0.25}
+    assert "in up to 2 tries, damped by 0.75: 20 converge, 3 loops" in capsys.readouterr().out
 
 
-def watched(monkeypatch, capsys, script, eval_loops=2):
-    """What watch prints if the model says script[0], script[1], ... -> the lines with sums."""
+def watched(capsys, script, eval_loops=2):
+    """What watch prints if the model says script[0], script[1], ... -> the lines with sums, all."""
     cfg = tiny(bits=4, eval_loops=eval_loops, puzzle="1101")
     model = looped.LoopedTransformer(cfg)
     answers = iter(script)
@@ -805,34 +740,34 @@ def watched(monkeypatch, capsys, script, eval_loops=2):
     return re.findall(r"^sums +(.*)", printed, re.M), printed
 
 
-def test_watch_marks_what_is_right_wrong_and_changed(monkeypatch, capsys):
+def test_watch_marks_what_is_right_wrong_and_changed(capsys):
     truth = [0, 1, 0, 0, 1]
     wrong = [0, 1, 1, 0, 1]
-    rows, printed = watched(monkeypatch, capsys, [wrong, wrong, truth])
-    assert rows == ["1~1~0~1~", "1+1x0+1+", "1+0~0+1+"]     # at loops 1, 2 and 4
-    assert printed.rstrip().endswith("solved")
+    rows, printed = watched(capsys, [wrong, wrong, truth, truth], eval_loops=3)
+    assert rows == ["1~1~0~1~", "1+1x0+1+", "1+0~0+1+", "1+0+0+1+"]
+    assert re.findall(r"^loop (\d+)", printed, re.M) == ["1", "2", "4", "6"]   # the last one, too
+    assert printed.rstrip().endswith("; solved")
 
     # control: an answer that stays wrong is not called solved
-    rows, printed = watched(monkeypatch, capsys, [truth, wrong, wrong])
+    rows, printed = watched(capsys, [truth, wrong, wrong])
     assert rows == ["1~0~0~1~", "1+1~0+1+", "1+1x0+1+"]
-    assert not printed.rstrip().endswith("; solved")
+    assert printed.rstrip().endswith("; 1 of 4 are wrong")
 
 
-def test_watch_shows_the_last_loop_too(monkeypatch, capsys):
-    truth = [0, 1, 0, 0, 1]
-    wrong = [0, 1, 1, 0, 1]
-    rows, printed = watched(monkeypatch, capsys, [wrong, wrong, wrong, truth], eval_loops=3)
-    assert rows[-1] == "1+0~0+1+"
-    assert re.findall(r"^loop (\d+)", printed, re.M) == ["1", "2", "4", "6"]
-
-
-def test_watch_calls_nothing_right_where_the_truth_is_unknown(monkeypatch, capsys):
-    parse = data.PrefixSums.parse
-    with monkeypatch.context() as patch:
-        patch.setattr(data.PrefixSums, "parse", lambda self, text: (parse(self, text)[0], None))
-        patch.setattr(data.PrefixSums, "verdict", lambda self, text, y: "no idea")
-        rows, _ = watched(monkeypatch, capsys, [[0, 1, 0, 0, 1]] * 3)
+def test_nothing_is_right_or_wrong_where_the_truth_is_unknown(monkeypatch, capsys):
+    read = data.PrefixSums.read
+    monkeypatch.setattr(data.PrefixSums, "read", lambda self, text: (read(self, text)[0], None))
+    rows, printed = watched(capsys, [[0, 1, 0, 0, 1]] * 3)
     assert rows == ["1~0~0~1~", "1=0=0=1=", "1=0=0=1="]
+    assert "no solution is known" in printed
+
+
+def test_watch_is_damped_as_asked(capsys):
+    cfg = tiny(damping=0.5)
+    model = looped.LoopedTransformer(cfg)
+    model.step = lambda h, r: 2 - h                 # a two-cycle around 1
+    looped.watch(cfg, model)
+    assert "converged after 2 loops" in capsys.readouterr().out
 
 
 def test_watch_stops_where_the_state_rests_and_takes_a_hard_puzzle_if_none_is_given(capsys):
@@ -866,67 +801,19 @@ def test_watch_takes_the_puzzle_from_the_files_and_of_the_length_that_are_asked_
 # training
 
 
-def train(cfg, out, cuts=(), change_state=None):
-    """Train in pieces, each with a new model from the checkpoint -> final checkpoint, log."""
-    out.mkdir()
-    state = None
-    for last_step in (*cuts, None):
-        torch.manual_seed(cfg.seed)
-        model = looped.LoopedTransformer(cfg)
-        sets = sets_of(cfg)
-        if last_step is None:
-            looped.train(cfg, model, sets, out, state)
-        else:
-            stop_in_step(last_step, cfg, model, sets, out, state)
-        state = looped.read_checkpoint(out)[0]
-        if change_state is not None:
-            change_state(state)
-
-    # what depends on the clock is no part of the comparison
-    del state["seconds"]
-    logged = read_log(out)
-    for record in logged:
-        del record["ms"]
-    return state, logged
+def train(cfg, out, checkpoint=None):
+    """Train a new model, or go on from a checkpoint -> the last checkpoint, the log."""
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(cfg.seed)
+    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), out, checkpoint)
+    return looped.read_checkpoint(out)[0], read_log(out)
 
 
-def stop_in_step(last_step, *args):
-    """looped.train, stopped like by Ctrl-C when it asks for the learning rate of a later step."""
-    def get_lr(cfg, step):
-        if step == last_step:
-            raise KeyboardInterrupt
-        return real(cfg, step)
-
-    real = looped.get_lr
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(looped, "get_lr", get_lr)
-        looped.train(*args)
-
-
-@pytest.mark.parametrize("loss", ["carry", "progressive"])
-def test_a_run_in_pieces_is_bit_for_bit_the_run_in_one_go(tmp_path, loss):
-    cfg = tiny(train=loss, loops=5)
-    state, logged = train(cfg, tmp_path / "whole")
-
-    # stopped at a checkpoint, and a step after one, which is lost and done again
-    pieces, pieces_log = train(cfg, tmp_path / "pieces", cuts=(2, 5))
-    assert same(pieces, state)
-    assert same(pieces_log, logged)
-
-    # control: with other random numbers after the first piece it is another run
-    def other_rng(state):
-        state["rng"] = torch.Generator().manual_seed(9).get_state()
-
-    control = train(cfg, tmp_path / "control", cuts=(2,), change_state=other_rng)
-    assert not same(control[0]["model"], state["model"])
-
-
-def test_data_weights_and_batches_all_follow_the_seed(monkeypatch):
+def test_data_and_weights_follow_the_seed(monkeypatch):
     seen = []
 
     def look(cfg, model, sets, out, state):
-        batch = looped.get_batch(model.task, *sets["train"], 8, torch.Generator())
-        seen.append((sets, looped.clone_weights(model), batch))
+        seen.append((sets, looped.clone_weights(model)))
         raise data.UserError("enough")
 
     monkeypatch.setattr(looped, "train", look)
@@ -947,9 +834,9 @@ def test_batches_follow_the_seed_even_where_data_and_weights_are_the_same(tmp_pa
         sets = sets_of(cfg)
         cfg.seed = seed
         torch.manual_seed(0)
-        looped_model = looped.LoopedTransformer(cfg)
+        model = looped.LoopedTransformer(cfg)
         Path(name).mkdir()
-        looped.train(cfg, looped_model, sets, Path(name))
+        looped.train(cfg, model, sets, Path(name))
         losses.append([record["loss"] for record in read_log(name)])
     assert losses[0] == losses[1] != losses[2]
 
@@ -986,23 +873,23 @@ def test_the_checkpoint_is_picked_by_val_and_by_nothing_else(tmp_path, monkeypat
 
 
 def test_a_validation_after_a_resume_must_beat_the_best_before_it(tmp_path, monkeypatch):
-    cfg = tiny(steps=4)
     score = {"exact": 0.75, "residual": 0.0}
-    monkeypatch.setattr(looped, "evaluate", lambda *_, **__: {cfg.loops: score})
-    stop_in_step(2, cfg, looped.LoopedTransformer(cfg), sets_of(cfg), tmp_path, None)
-    before = looped.read_checkpoint(tmp_path)[0]
+    monkeypatch.setattr(looped, "evaluate", lambda *_, **__: {TINY["loops"]: score})
+    before, _ = train(tiny(steps=2), tmp_path / "before")
+    for weight in before["best"].values():
+        weight += 1                             # the best were not the last ones
     score["exact"] = 0.5
-    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), tmp_path, before)
-    after = looped.read_checkpoint(tmp_path)[0]
+    after, _ = train(tiny(steps=4), tmp_path / "after", before)
     assert (before["step"], after["step"], after["best_val"]) == (2, 4, 0.75)
     assert same(after["best"], before["best"])
 
-    # also where the best were not the last ones when the run was stopped
-    again = tmp_path / "again"
-    again.mkdir()
-    older = before | {"best": {name: w + 1 for name, w in before["best"].items()}}
-    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), again, older)
-    assert same(looped.read_checkpoint(again)[0]["best"], older["best"])
+
+def test_random_numbers_of_another_kind_of_device_do_not_hinder_a_resume(tmp_path):
+    before, _ = train(tiny(steps=2), tmp_path / "before")
+    before["rng"] = torch.zeros(16, dtype=torch.uint8)          # as long as those of a GPU
+    after, _ = train(tiny(steps=4), tmp_path / "after", before)
+    assert after["step"] == 4
+    assert not same(after["model"], before["model"])
 
 
 def test_learning_rate_at_named_steps():
@@ -1056,7 +943,7 @@ def test_every_parameter_group_follows_the_schedule(optimizer, share, tmp_path, 
         rates.append([group["lr"] for o in optimizers for group in o.param_groups])
 
     spy_on_steps(monkeypatch, look)
-    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), tmp_path)
+    train(cfg, tmp_path)
 
     expected = [0.003, 0.005, 0.004, 0.003, 0.002, 0.001]   # up in 2 steps, times 1 - step / 6
     assert len(rates) == 6
@@ -1143,7 +1030,7 @@ def test_clipping_acts_and_the_log_has_the_norm_before_it(clip, tmp_path, monkey
         norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
 
     spy_on_steps(monkeypatch, look)
-    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), tmp_path)
+    train(cfg, tmp_path)
     logged = [record["grad_norm"] for record in read_log(tmp_path)]
     assert min(logged) > 0.01
     expected = [min(clip, norm) for norm in logged]
@@ -1155,28 +1042,16 @@ def test_augmentation_acts_in_training_and_is_paired(tmp_path, monkeypatch):
     x_all, y_all = sets_of(cfg)["train"]
     batches = []
     spy(monkeypatch, "compute_loss", lambda model, batch, carry, rng: batches.append(batch))
-    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), tmp_path)
+    train(cfg, tmp_path)
     x = torch.cat([batch[0] for batch in batches])
     y = torch.cat([batch[1] for batch in batches])
 
-    # the clues are the labels' own, and each unit of the labels has all digits
+    # the clues are the labels' own
     assert torch.equal(x[x > 0], y[x > 0])
-    rows = y.view(-1, 6, 6)
-    boxes = y.view(-1, 3, 2, 2, 3).transpose(2, 3).reshape(-1, 6, 6)
-    for unit in (rows, rows.mT, boxes):
-        assert (unit.sort(-1).values == torch.arange(1, 7)).all()
 
     # hardly any is a puzzle of the training set as it stands
     known = {tuple(row) for row in x_all.tolist()}
     assert sum(tuple(row) in known for row in x.tolist()) < len(x) / 4
-
-    # control: a batch of strings is made of the training set's own rows. So is one of 4x4 boards:
-    # their symmetric images are often puzzles of the test
-    for cfg in (tiny(), tiny(**BOARD)):
-        x_all, y_all = sets_of(cfg)["train"]
-        x, y = looped.get_batch(cfg.make_task(), x_all, y_all, 8, torch.Generator().manual_seed(0))
-        known = [x + y for x, y in zip(x_all.tolist(), y_all.tolist(), strict=True)]
-        assert all(x + y in known for x, y in zip(x.tolist(), y.tolist(), strict=True))
 
 
 def test_every_training_puzzle_is_drawn():
@@ -1193,7 +1068,7 @@ def test_time_in_validation_is_left_to_come_but_not_training_time(tmp_path, monk
     spy(monkeypatch, "evaluate", lambda *args: spent.append(100))
     monkeypatch.setattr(looped.time, "time", lambda: sum(spent))
     cfg = tiny()                                            # six steps, three validations
-    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), tmp_path)
+    train(cfg, tmp_path)
     assert looped.read_checkpoint(tmp_path)[0]["seconds"] == 6
     assert [record["ms"] for record in read_log(tmp_path)] == [1000] * 3
 
@@ -1340,7 +1215,9 @@ class Evil:
 def broken_files(raw, state):
     """name -> bytes or an object to save, none of which is a checkpoint of ours."""
     nan = state["best"] | {"W_h.weight": state["best"]["W_h.weight"] * math.nan}
+    weights = state["best"]["W_h.weight"].numpy().tobytes()
     return {
+        "flipped bit": raw.replace(weights, bytes([weights[0] ^ 4]) + weights[1:]),
         "half": raw[:len(raw) // 2], "short": raw[:-99], "empty": b"", "text": b"hello",
         "list": [1], "other config": {"config": {"depth": 3}}, "evil": Evil(),
         "other width": state | {"config": state["config"] | {"width": 32}},
@@ -1366,25 +1243,6 @@ def test_a_broken_or_foreign_checkpoint_is_refused_by_name(home, capsys):
     # control: the same way with nothing broken
     torch.save(state, "good.pt")
     assert same(looped.load("good.pt")[0].state_dict(), state["best"])
-
-
-def test_a_flipped_bit_in_a_checkpoint_is_refused_or_changes_nothing(home):
-    raw = bytearray(Path("RUN/ckpt.pt").read_bytes())
-    good = looped.read_checkpoint("RUN")[0]
-    refused = 0
-    places = range(0, len(raw), 1997)
-    for place in places:
-        raw[place] ^= 4
-        Path("bad.pt").write_bytes(raw)
-        raw[place] ^= 4
-        try:
-            state = looped.read_checkpoint("bad.pt")[0]
-        except data.UserError:
-            refused += 1
-        else:
-            assert same(state, good), place
-    assert len(places) > 25
-    assert refused > len(places) / 2        # the rest are paddings and names
 
 
 @pytest.mark.parametrize("where, name", [(Path, "write_bytes"), (os, "replace")])
@@ -1419,10 +1277,7 @@ def test_the_log_and_the_table_say_how_large_the_model_is_and_how_long_it_took(h
     assert head["config"] == report["config"]
     assert head["torch"] == torch.__version__
 
-    # three validations of two steps each: all of their time, and no more, is the training's
     assert [record["step"] for record in records] == [2, 4, 6]
-    timed = sum(2 * record["ms"] / 1e3 for record in records)
-    assert state["seconds"] == pytest.approx(timed, rel=0.2)
     assert report["minutes"] == state["seconds"] / 60
     assert 0 < report["eval_minutes"] < 1
 
@@ -1443,16 +1298,26 @@ def test_weights_alone_can_be_evaluated_but_not_trained_on(home, capsys):
     assert "weights only" in fails(capsys, ["--resume", "small.pt", "--steps", "9"])
 
 
-def test_an_evaluation_that_is_stopped_can_be_asked_for_again(home, capsys, monkeypatch):
+@pytest.mark.parametrize("first, again", [
+    (flags(out="again"), ["--resume", "again"]),
+    (["--resume", "small.pt", "--out", "again"], ["--resume", "small.pt", "--out", "again"]),
+    (["--resume", "RUN", "--out", "again"], ["--resume", "RUN", "--out", "again"]),
+])
+def test_an_evaluation_that_is_stopped_can_be_asked_for_again(
+        first, again, home, capsys, monkeypatch):
     save_weights_alone("small.pt")
-    for argv in (["--resume", "small.pt"], ["--resume", "RUN", "--out", "again"]):
-        with monkeypatch.context() as patch:
-            patch.setattr(looped, "report", stopped)
-            fails(capsys, argv, code=130)
-        assert looped.main(argv) == 0
-        fails(capsys, argv[:2] + ["--out", "out/small" if "small.pt" in argv else "again"])
-    assert Path("out/small/eval.json").exists() and Path("again/eval.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(looped, "report", stopped)
+        line = fails(capsys, first, code=130)
+    assert ("--resume again" in line) == (first == flags(out="again"))
+    assert looped.main(again) == 0
+    assert Path("again/eval.json").exists()
     assert Path("RUN/ckpt.pt").exists() and Path("RUN/log.jsonl").exists()
+
+
+def test_a_run_goes_on_from_its_checkpoint_file_as_from_its_folder(home):
+    assert looped.main(["--resume", "RUN/ckpt.pt", "--steps", "8"]) == 0
+    assert looped.read_checkpoint("RUN")[0]["step"] == 8
 
 
 def test_a_finished_run_is_evaluated_again_without_losing_its_first_table(home, capsys):
@@ -1482,36 +1347,24 @@ def test_a_finished_run_is_evaluated_again_without_losing_its_first_table(home, 
 
 BAD = [
     # values and names that are not there
-    ("--task sudokus", "sudokus"),
     ("--norm sanwich", "sanwich"),
     ("--depth 3", "--depth"),
-    ("extra", "extra"),
 
     # numbers out of range, or no numbers
-    ("--hard_bits 0", "hard_bits"),
     ("--window 4", "odd"),
     ("--heads 3", "heads"),
     ("--heads 16", "heads"),
     ("--batch 1.5", "batch"),
     ("--lr nan", "lr"),
-    ("--lr x", "lr"),
-    ("--bits", "bits"),
     ("--damping 1", "damping"),
     ("--seed 99999999999999999999", "seed"),
-    ("--n_train 0", "n_train"),
     ("--n_train 999999999", "n_train"),
-    ("--width 100000000000000", "width"),
 
     # an empty shell variable is a mistake, not another request
     ("--files=", "files"),
-    ("--resume=", "resume"),
-    ("--out=", "out"),
     ("--resume RUN --watch --puzzle=", "puzzle"),
     ("--resume RUN --watch --device cpu", "--device"),
-    ("--resume RUN --watch --out x", "--out"),
     ("--resume RUN --watch --files nofile", "nofile"),
-    ("--preset=", "preset"),
-    ("--task=", "task"),
 
     # places
     ("--files nofile", "nofile"),
@@ -1523,20 +1376,13 @@ BAD = [
 
     # options that do not go together
     ("--side 4", "--side"),
-    ("--marks squares", "--marks"),
-    ("--task sudoku --side 4", "--bits"),
     ("--watch", "--resume"),
     ("--puzzle 01", "--watch"),
-    ("--train progressive --rest 0.3", "--rest is not for --train progressive"),
     ("--train progressive --grad_loops 2", "--grad_loops is not for --train progressive"),
     ("--tries 2", "tries"),
-    ("--resume RUN --puzzle 01", "--watch"),
     ("--resume RUN --width 32", "--width"),
     ("--resume RUN --task sudoku", "sudoku"),
     ("--resume RUN --seed 3", "--seed"),
-    ("--resume RUN --bits 13", "--bits"),
-    ("--resume RUN --n_train 65", "--n_train"),
-    ("--resume RUN --batch 9", "--batch"),
     # a finished run is only evaluated, so options of training would be lies in its eval.json
     ("--resume RUN --lr 0.5", "--lr"),
     ("--resume RUN --compile on", "--compile"),
@@ -1618,10 +1464,14 @@ def test_a_folder_is_refused_before_puzzles_are_made_for_it(home, capsys, monkey
     assert "RUN" in fails(capsys, flags(out="RUN"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
+@pytest.mark.parametrize("number, options", [
+    # carry: states and ages go on, too
+    (signal.SIGINT, {"loops": 5}),
+    (signal.SIGTERM, {"train": "progressive", "recall": "none", "blocks": 2}),
+], ids=["Ctrl-C", "kill"])
 def test_a_stopped_run_exits_130_and_the_printed_command_finishes_it_bit_for_bit(
-        number, home, capsys, monkeypatch):
-    argv = flags(blocks=2, loops=2, recall="none", train="progressive", eval_every=2)
+        number, options, home, capsys, monkeypatch):
+    argv = flags(**options)
     assert looped.main([*argv, "--out", "whole"]) == 0
     capsys.readouterr()
 
@@ -1649,15 +1499,9 @@ def test_a_stopped_run_exits_130_and_the_printed_command_finishes_it_bit_for_bit
     assert same(cut, whole)
     tables = [json.loads(Path(name, "eval.json").read_text()) for name in ("cut in two", "whole")]
     assert tables[0]["hard"] == tables[1]["hard"]
-
-
-def test_ctrl_c_in_the_final_evaluation_says_how_to_go_on(capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(looped, "report", stopped)
-        line = fails(capsys, flags(out="run"), code=130)
-    assert "--resume run" in line
-    assert looped.main(["--resume", "run"]) == 0
-    assert Path("run/eval.json").exists()
+    losses = [[record["loss"] for record in read_log(name) if "loss" in record]
+              for name in ("cut in two", "whole")]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("n", ["3", "5000"])      # it shows at the last flush, or while printing
@@ -1692,28 +1536,15 @@ def test_the_output_of_a_run_fits_80_columns_and_is_all_there(finished):
 
 
 def test_help_shows_every_option_with_its_default_and_fits_the_terminal(capsys, monkeypatch):
-    texts = {}
-    for columns in ("1000", "80"):
-        monkeypatch.setenv("COLUMNS", columns)
-        with pytest.raises(SystemExit) as exit:
-            looped.main(["--help"])
-        assert exit.value.code == 0
-        texts[columns] = capsys.readouterr().out
-    assert max(map(len, texts["80"].splitlines())) <= 80
-
-    # a long flag has its text on the line below it
-    text = re.sub(r"\n {3,}", " ", texts["1000"])
-    options = dict(re.findall(r"^  --(\w+) (.*)", text, re.M))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert exit_code(looped.main, ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
     for field in dataclasses.fields(looped.Config):
-        own_default = looped.DEFAULTS["prefix_sums"].get(field.name)
-        if field.name in looped.COMMON:
-            assert f"(default: {looped.COMMON[field.name]}" in options[field.name], field.name
-        if own_default is not None:
-            assert f"; prefix_sums: {own_default}" in options[field.name], field.name
-        elif field.default is not None and field.type is not bool:
-            assert f"(default: {field.default})" in options[field.name], field.name
-        for choice in field.metadata["choices"]:
-            assert str(choice) in options[field.name], field.name
+        assert f"--{field.name} " in text
+    text = " ".join(text.split())
+    assert "[pre|peri|outer|gru] (default: outer)" in text
+    assert "(default: 30; prefix_sums: 21; sudoku4: 16; chess: 8)" in text
 
 
 def test_defaults_depend_on_the_task_and_options_win():
@@ -1735,6 +1566,29 @@ def test_defaults_depend_on_the_task_and_options_win():
     assert tiny(loops=5, grad_loops=3).grad_loops == 3
 
 
+def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
+    for gpus, device in (({"cuda"}, "cuda"), ({"mps"}, "mps"), ({"cuda", "mps"}, "cuda"),
+                         (set(), "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: "cuda" in gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda gpus=gpus: "mps" in gpus)
+        assert looped.pick_device(tiny(device="auto")) == device
+        assert looped.pick_device(tiny(device="cpu")) == "cpu"
+
+
+@pytest.mark.parametrize("compile, times", [("on", 1), ("auto", 0), ("off", 0)])
+def test_the_step_is_compiled_where_it_is_asked_for(compile, times, monkeypatch):
+    calls = []
+
+    def compiled(step, dynamic):
+        assert not dynamic
+        calls.append(step)
+        return step
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert looped.main(flags(compile=compile, steps=1)) == 0
+    assert len(calls) == times                      # auto: not on a CPU
+
+
 def test_the_papers_preset_is_its_protocol_and_yields_to_options():
     protocol = dict(width=256, heads=8, blocks=1, train="progressive", loops=30, batch=500, clip=1,
                     optimizer="adamw", weight_decay=0.01, lr=3e-4, decay="step",
@@ -1749,18 +1603,29 @@ def test_the_papers_preset_is_its_protocol_and_yields_to_options():
             assert getattr(cfg, name) == value, (argv, name)
 
 
-@pytest.mark.parametrize("stage, error, code, words", [
-    ("get_lr", KeyboardInterrupt(), 130, "stopped"),
-    ("get_splits", MemoryError(), 1, "memory: lower --batch"),
-    ("train", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "memory"),
-    ("train", RuntimeError("DefaultCPUAllocator: you tried to allocate 9"), 1, "memory"),
+def no_number(*args, **options):
+    """A validation after which a run cannot go on, to stand in for evaluate."""
+    return {TINY["loops"]: {"exact": 0.0, "residual": math.nan}}
+
+
+OUT_OF_MEMORY = ["CUDA out of memory. Tried to allocate 2 GiB",
+                 "DefaultCPUAllocator: you tried to allocate 9"]
+
+
+@pytest.mark.parametrize("stage, instead, code, words", [
+    ("get_lr", stopped, 130, "stopped"),
+    ("get_splits", raising(MemoryError()), 1, "memory: lower --batch"),
+    ("train", raising(torch.OutOfMemoryError(OUT_OF_MEMORY[0])), 1, "memory"),
+    ("train", raising(RuntimeError(OUT_OF_MEMORY[1])), 1, "memory"),
+    ("evaluate", no_number, 1, "lower --lr"),
 ])
-def test_what_ends_a_run_before_its_first_validation_leaves_the_folder_free(
-        stage, error, code, words, capsys, monkeypatch):
+def test_what_ends_a_run_at_its_first_validation_or_before_leaves_the_folder_free(
+        stage, instead, code, words, capsys, monkeypatch):
     argv = flags(out="folder")
     with monkeypatch.context() as patch:
-        patch.setattr(looped, stage, raising(error))
-        assert words in fails(capsys, argv, code)
+        patch.setattr(looped, stage, instead)
+        line = fails(capsys, argv, code)
+    assert words in line and "--resume" not in line
     assert looped.main(argv) == 0
 
 
@@ -1768,22 +1633,6 @@ def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(looped, "train", raising(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         looped.main(flags())
-
-
-def test_a_loss_that_is_no_number_at_the_first_validation_leaves_the_folder_free(
-        capsys, monkeypatch):
-    real = looped.compute_loss
-
-    def no_number(model, batch, carry, rng):
-        loss, carry = real(model, batch, carry, rng)
-        return loss * math.nan, carry
-
-    argv = flags(out="folder")
-    with monkeypatch.context() as patch:
-        patch.setattr(looped, "compute_loss", no_number)
-        line = fails(capsys, argv, code=1)
-    assert "lower --lr" in line and "--resume" not in line
-    assert looped.main(argv) == 0
 
 
 def test_options_of_other_tasks_and_of_the_model_are_none_of_a_new_task(monkeypatch):
@@ -1804,16 +1653,6 @@ def test_options_of_carry_are_refused_for_any_other_loss(monkeypatch, capsys):
     more = dict(field.metadata) | {"choices": ("carry", "mine")}
     monkeypatch.setattr(field, "metadata", more)
     assert "--rest is not for --train mine" in fails(capsys, flags(train="mine", rest=0.3))
-
-
-def test_a_puzzle_whose_solution_is_not_known_is_not_called_wrong():
-    class Open(data.PrefixSums):
-        def read(self, text):
-            x, _ = super().read(text)
-            return x, None
-
-    assert "no solution is known" in Open().verdict("1101", [0, 1, 0, 0, 1])
-    assert data.PrefixSums().verdict("1101", [0, 1, 0, 0, 1]) == "solved"       # control
 
 
 def test_a_board_of_another_size_is_refused_before_training():
