@@ -4,7 +4,8 @@
     python data.py --task chess --files lichess_db_puzzle.csv   # the same from a public data set
 
 A puzzle is a row x of L token ids with a row y of L labels; an answer counts when all L are right.
-Generated puzzles follow from a seed alone, and each is proven to have one solution.
+Generated puzzles follow from the seed (and the versions of numpy and chess), and each is proven to
+have one solution. Those that take long are kept in out/cache, which may be deleted at any time.
 
 There are two levels, "easy" (trained on) and "hard" (only tested on), and four splits: an easy
 puzzle goes to "train", "val" or "easy", the easy test set; a hard one to "hard", the hard test set.
@@ -15,8 +16,8 @@ Reading order: what every task has (Task); prefix sums, sudoku, chess; then the 
 cache and processes, data files, command line. A new task is one class, and its instance in TASKS.
 """
 import argparse
-import bz2
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -27,7 +28,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -35,7 +35,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from zipfile import BadZipFile
 
 import chess
 import numpy as np
@@ -54,7 +53,8 @@ class UserError(ValueError):
 
 @dataclass
 class Puzzles:
-    """x [N, L] token ids and y [N, L] labels, both uint8; rating [N], the difficulty.
+    """x [N, L] token ids and y [N, L] labels, both uint8; rating [N], the difficulty: in files it
+    decides the level, otherwise it is only shown.
 
     Indexed by an int, or in a for loop, it gives single puzzles: x [L], y [L], one rating.
     """
@@ -82,38 +82,38 @@ class Task:
     property: what is annotated (size: int = 9) is a field of the dataclass, and so an option.
 
     Options are int, float or str. In looped.py an option can be set if Config has a field of the
-    same name whose tasks= hold your task's name; the default there wins. If it shapes hard puzzles
-    alone, add it to MAY_CHANGE there, too (what --resume may change). Defaults for training are a
-    line in DEFAULTS there; what it leaves out comes from BOARD.
+    same name whose tasks= hold your task's name; the default there wins. (`positions`, if you have
+    that field, is set for all tasks.) If it shapes hard puzzles alone, add it to MAY_CHANGE there,
+    too (what --resume may change). Defaults for training are a line in DEFAULTS there; what it
+    leaves out comes from COMMON.
+
+    The model gives a board an embedding for each cell. A string has nothing but RoPE, so a start
+    token, without which nothing marks its ends, is the task's own affair: see PrefixSums.
     """
 
     name: str           # what --task calls it
     grid: tuple         # (rows, columns) of a board, or (tokens,) of an easy string
     vocab: int          # tokens are 0 .. vocab - 1
     classes: int        # labels are 0 .. classes - 1
-    symbols: str        # symbols[token] in text(), symbols[label] in show(), where these are shown
+    symbols: str        # symbols[token] and symbols[label] are the characters of those that show
     levels: dict        # {"easy": phrase, "hard": phrase}: describes generated puzzles to a user
 
-    # see rotary_table in looped.py
+    # base of the rotary angles (rotary_table in looped.py): 10 suits the few places of a board, 1e4
+    # a string
     rope_base = 10.0
-
-    # the columns of a data file, the rating last; () if the task reads no files
-    columns = ()
-
-    # in a file: (lowest hard rating, highest that is used); None: the hardest fifth, all used
-    file_limits = None
 
     # True: chunks take long, so they are made on all cores and kept in the cache
     slow = False
 
-    # ---- making and reading puzzles: a task's own. text() writes a puzzle for the command line,
-    # parse() reads it, show() makes a picture of it: read and draw are a task's part of these
+    # ---- what every task has to write. chunk makes puzzles; read is its part of parse(), which
+    # reads what text() writes for the command line, and draw its part of show()
 
     def chunk(self, seed, index):
         """Chunk number `index` (0, 1, ...) of a seed -> {"easy": Puzzles, "hard": Puzzles}.
 
-        A chunk is a batch of any size: splits() takes one after the other until it has enough. It
-        must depend on seed, index and options alone, and a puzzle's level on the puzzle alone.
+        A chunk is a batch of some dozens or more: splits() takes one after the other until it has
+        enough. It must depend on seed, index and options alone. Whether a puzzle is easy or hard
+        must follow from the puzzle alone, or else it could be trained on and be a hard test, too.
         """
         raise NotImplementedError
 
@@ -131,19 +131,12 @@ class Task:
         """
         raise NotImplementedError
 
-    def convert(self, *texts):
-        """A file's columns without the rating -> x [L], y [L]; ValueError with the reason."""
-        raise NotImplementedError
-
-    def verify(self, x, y):
-        """Rows of a file, x, y [N, L] -> N error messages; one that is not "" ends the reading."""
-        return [""] * len(x)
+    # ---- training and evaluation
 
     def keys(self, x, y):
-        """x, y [N, L] -> keys [N, K]: equal keys, same puzzle; a key also decides the split."""
+        """x, y [N, L] -> keys [N, K]. Of puzzles with equal keys only the first is used, and a hash
+        of the key decides the split."""
         return x
-
-    # ---- training and evaluation
 
     def loss(self, logits, y):
         """logits [B, L, C], labels [B, L] -> scalar."""
@@ -157,7 +150,10 @@ class Task:
         return logits.argmax(-1)
 
     def scored(self, x):
-        """x, numpy or torch -> bool of its shape: the tokens whose answers are asked for."""
+        """x, numpy or torch -> bool of its shape: the tokens that are counted singly and shown.
+
+        Loss and "solved" take all tokens, so that the others need labels, too.
+        """
         return x >= 0       # all of them
 
     def augment(self, x, y, generator):
@@ -173,6 +169,22 @@ class Task:
         For --tries: needed if your task is in the tasks= of Config.tries in looped.py.
         """
         raise NotImplementedError
+
+    # ---- data files, for a task that reads some
+
+    # the columns of a file, the rating last; () if there are no files
+    columns = ()
+
+    # (lowest hard rating, highest that is used); None: the hardest fifth is hard, all are used
+    file_limits = None
+
+    def convert(self, *texts):
+        """A row's columns without the rating -> x [L], y [L]; ValueError with the reason."""
+        raise NotImplementedError
+
+    def verify(self, x, y):
+        """Rows, x, y [N, L] -> N messages, "" where all is well; another one ends the reading."""
+        return [""] * len(x)
 
     # ---- text
 
@@ -221,19 +233,11 @@ class Task:
         return "solved"
 
 
-def bucket(key):
-    """A puzzle's key [K] -> 0 .. 15, a hash: each bucket holds about a sixteenth of all puzzles."""
-    # not a CRC, which is a parity of the bits: a split would then be a parity class of the strings
-    return hashlib.sha256(key.tobytes()).digest()[0] % 16
-
-
 # --------------------------------------------------------------------------------------------------
 # prefix sums
 
 START = 2               # the token before the bits
 MOST_BITS = 65536       # one chunk of such strings takes about 200 MB
-# where bits == hard_bits the strings of this bucket are hard (0 and 1: see split_of)
-HARD_BUCKET = 2
 
 
 @dataclass(frozen=True)
@@ -272,6 +276,9 @@ class PrefixSums(Task):
             length = getattr(self, option)
             if not 1 <= length <= MOST_BITS:
                 raise UserError(f"--{option} {length}: must be 1 to {MOST_BITS}")
+        # or else a string could be trained on and be a hard test, too
+        if self.bits == self.hard_bits:
+            raise UserError(f"--hard_bits {self.hard_bits}: must differ from --bits")
         if self.positions not in ("absolute", "relative"):
             raise UserError(f"--positions {self.positions}: choose absolute or relative")
 
@@ -305,11 +312,6 @@ class PrefixSums(Task):
         hard_rng = np.random.default_rng((seed, index, 1))
         easy = easy_rng.integers(0, 2, (1024, self.bits), np.uint8)
         hard = hard_rng.integers(0, 2, (128, self.hard_bits), np.uint8)
-
-        # strings of the same length could be in both levels: a sixteenth is hard, and only hard
-        if self.bits == self.hard_bits:
-            easy = easy[[bucket(row) != HARD_BUCKET for row in easy]]
-            hard = hard[[bucket(row) == HARD_BUCKET for row in hard]]
         return {"easy": self.puzzles(easy), "hard": self.puzzles(hard)}
 
     def keys(self, x, y):
@@ -421,16 +423,16 @@ def branch(cand, owner, digits):
     return children, owners
 
 
-def solve(cand, box, limit=2, at_once=256):
+def solve(cand, box, limit=2):
     """cand [L, N] -> solutions found (at most limit) [N], one of them [L, N], guesses made [N].
 
     Naked and hidden singles (see deduce) are filled in until nothing changes; then each candidate
     of a cell with the fewest is tried, which is a guess. Their number is a puzzle's rating. With
     one solution and limit 2 the whole tree is searched, so that the rating depends neither on the
-    order of the search nor on at_once: about how many boards are worked on together, though at
-    least one of each puzzle.
+    order of the search nor on how many boards are worked on together.
     """
     N = cand.shape[1]
+    at_once = 256           # about so many boards, though at least one of each puzzle
     found = np.zeros(N, int)
     guesses = np.zeros(N, int)
     solution = np.zeros_like(cand)
@@ -537,17 +539,11 @@ class Side:
     easy: int           # the largest easy rating
     hard: int           # the lowest hard rating; a puzzle between the two is dropped
     levels: dict
-    rated_by: str = "guesses"       # or "blanks"
-    clues: tuple = (0, 0)           # (least, most) that every second puzzle keeps; others: minimal
-    key: str = "grid"               # no two puzzles share their solved "grid", or the "puzzle"
-    augmented: bool = True          # train on symmetric forms? Not where most of a test are such
 
 
 SIDES = {
-    # a toy: there are 288 grids, a model can memorise them, nearly all puzzles fall to singles, and
-    # most easy ones of a test are symmetric images of training puzzles
-    4: Side((2, 2), easy=9, hard=11, rated_by="blanks", clues=(7, 10), key="puzzle",
-            augmented=False, levels={"easy": "7 to 10 clues", "hard": "4 or 5 clues"}),
+    # a toy, see Sudoku.toy
+    4: Side((2, 2), easy=9, hard=11, levels={"easy": "7 to 10 clues", "hard": "4 or 5 clues"}),
     # 28,200,960 grids, but only 49 up to symmetry: the puzzles of a test are new (a few are images
     # of training puzzles), while their grids are all images of training grids
     6: Side((2, 3), easy=0, hard=1,
@@ -568,8 +564,7 @@ class Sudoku(Task):
 
     Rating: the guesses of `solve`, which proves that there is one solution; 0 means that naked and
     hidden singles suffice. Puzzles are minimal, every clue is needed, and no two of
-    a data set share a solution. Side 4 differs: it is rated by blanks, half of its puzzles are not
-    minimal, and solutions recur.
+    a data set share a solution. Side 4 differs, see toy.
     """
 
     side: int = 9
@@ -582,6 +577,15 @@ class Sudoku(Task):
     def __post_init__(self):
         if self.side not in SIDES:
             raise UserError(f"--side {self.side}: choose 4, 6 or 9")
+
+    @property
+    def toy(self):
+        """Side 4: of 288 grids a model can memorise all, and nearly all puzzles fall to singles.
+
+        So it is rated by blanks, every second puzzle keeps 7 to 10 clues, and solutions recur. It
+        is not augmented: most easy puzzles of a test are symmetric images of training puzzles.
+        """
+        return self.side == 4
 
     @property
     def box(self):
@@ -607,13 +611,14 @@ class Sudoku(Task):
         return x == 0
 
     def keys(self, x, y):
-        return y if SIDES[self.side].key == "grid" else x
+        return x if self.toy else y
 
     def chunk(self, seed, index, n=1024):
         side = SIDES[self.side]
         rng = np.random.default_rng((seed, index))
+        least, most = (7, 10) if self.toy else (0, 0)       # clues that every second puzzle keeps
         keep = np.zeros(n, int)
-        keep[::2] = rng.integers(side.clues[0], side.clues[1] + 1, len(keep[::2]))
+        keep[::2] = rng.integers(least, most + 1, len(keep[::2]))
 
         # make them, then prove once more that each has one solution
         grid = solved_grids(rng, n, self.box)
@@ -623,8 +628,7 @@ class Sudoku(Task):
 
         y = self.digits(grid)
         x = np.where(np.bitwise_count(puzzle).T == 1, y, 0).astype(np.uint8)
-        ratings = {"guesses": guesses, "blanks": (x == 0).sum(1)}
-        p = Puzzles(x, y, ratings[side.rated_by])
+        p = Puzzles(x, y, (x == 0).sum(1) if self.toy else guesses)
         return {"easy": p[p.rating <= side.easy], "hard": p[p.rating >= side.hard]}
 
     def digits(self, grid):
@@ -677,7 +681,7 @@ class Sudoku(Task):
         return digit.gather(1, board.gather(1, cell).long()).to(board.dtype)
 
     def augment(self, x, y, generator):
-        if not SIDES[self.side].augmented:
+        if self.toy:
             return x, y
         cell, digit = self.symmetry(len(x), x.device, generator)
         return self.image(x, cell, digit), self.image(y, cell, digit)
@@ -836,6 +840,14 @@ def view_mask(board):
     return upside_down | mirrored
 
 
+def legal_board(fen):
+    """A FEN -> its position; ValueError with the reason if there is none."""
+    board = chess.Board(fen)
+    if not board.is_valid():
+        raise UserError(f"not legal, {board.status()!r}")
+    return board
+
+
 def encode(board):
     """-> tokens x [64], as the side to move sees the board."""
     x = np.zeros(64, np.uint8)
@@ -921,15 +933,12 @@ class Chess(Task):
         p = Puzzles(x, y, rating)
         return {"easy": p[rating == 1], "hard": p[rating == 2]}
 
-    def board(self, x):
-        """tokens [64] -> the position as it is encoded, White to move."""
+    def text(self, x):
+        """The position as it is encoded, White to move, as a FEN."""
         board = chess.Board(None)
         for i in np.flatnonzero(x).tolist():
             board.set_piece_at(i, chess.Piece.from_symbol(self.symbols[x[i]]))
-        return board
-
-    def text(self, x):
-        return self.board(x).fen()
+        return board.fen()
 
     def answer_texts(self, x, y):
         """The marked squares only: (N) is left, [.] is reached; (N) and (.) with "squares"."""
@@ -946,9 +955,7 @@ class Chess(Task):
 
     def read(self, text):
         """The solution is known if exactly one move, promotions aside, mates at once."""
-        board = chess.Board(text)
-        if not board.is_valid():
-            raise UserError(f"not legal, {board.status().name}")
+        board = legal_board(text)
         if not any(board.legal_moves):
             raise UserError("the game is over")
 
@@ -977,10 +984,8 @@ class Chess(Task):
 
     def convert(self, fen, moves):
         """The first move leads to the position, the second is the one to find."""
-        board = chess.Board(fen)
+        board = legal_board(fen)
         played = moves.split()
-        if not board.is_valid():
-            raise UserError(f"not legal, {board.status().name}")
         if len(played) < 2 or "0000" in played[:2]:
             raise UserError(f"needs two moves, not {moves!r}")
         board.push(board.parse_uci(played[0]))
@@ -992,6 +997,12 @@ TASKS = {task.name: task for task in (PrefixSums(), Sudoku(), Chess())}
 
 # --------------------------------------------------------------------------------------------------
 # splits
+
+
+def bucket(key):
+    """A puzzle's key [K] -> 0 .. 15, a hash: each bucket holds about a sixteenth of all puzzles."""
+    # not a CRC, which is a parity of the bits: a split would then be a parity class of the strings
+    return hashlib.sha256(key.tobytes()).digest()[0] % 16
 
 
 def split_of(level, key, role="both"):
@@ -1018,14 +1029,12 @@ PATIENCE = 100
 def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cache"):
     """-> {"train", "val", "easy", "hard": Puzzles} of n_train, n_val, n_test, n_hard puzzles.
 
-    path: None to make them, or "FILE" or "TRAIN,TEST". No puzzle is in two splits, for 9x9 and
-    6x6 sudoku no solution either. UserError says what is impossible.
+    path: None to make them, or "FILE" or "TRAIN,TEST". Within one call no puzzle is in two splits,
+    for 9x9 and 6x6 sudoku no solution either. UserError says what is impossible.
     """
     need = {"train": n_train, "val": n_val, "easy": n_test, "hard": n_hard}
-    numbers = {"seed": seed, "n_train": n_train, "n_val": n_val, "n_test": n_test, "n_hard": n_hard}
-    for option, n in numbers.items():
-        if n < 0:
-            raise UserError(f"--{option} {n}: must be at least 0")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must be at least 0")
     if path is None:
         source = task.name
         stream = generated(task, seed, Path(cache))
@@ -1048,7 +1057,7 @@ def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cac
                 raise too_few(short[0], need, count, source)
 
             puzzles, puzzle_levels, role = part
-            before = [count[split] for split in short]
+            idle += 1               # a task may run out: there are only 16 strings of 4 bits
             keys = task.keys(puzzles.x, puzzles.y)
             for puzzle, level, key in zip(puzzles, puzzle_levels, keys, strict=True):
                 # of puzzles that share a key only the first counts
@@ -1061,27 +1070,26 @@ def splits(task, seed, n_train, n_val, n_test, n_hard, path=None, cache="out/cac
                 count[split] += 1
                 if count[split] <= need[split]:
                     rows[split].append((puzzle.x, puzzle.y, puzzle.rating))
-
-            # a task may run out: there are only 16 strings of 4 bits
-            idle = idle + 1 if [count[split] for split in short] == before else 0
+                    idle = 0
             report(sum(map(len, rows.values())), sum(need.values()))
     return {split: stack(task, found) for split, found in rows.items()}
 
 
 def generated(task, seed, cache):
     """Yield puzzles, the level of each, "both" (see split_of) from the chunks of a seed."""
-    with closing(chunks(task, seed, cache)) as stream:
-        for chunk in stream:
+    chunks = (task.chunk(seed, index) for index in itertools.count())
+    if task.slow:
+        chunks = slow_chunks(task, seed, cache)
+    with closing(chunks):
+        for chunk in chunks:
             for level, puzzles in chunk.items():
                 yield puzzles, [level] * len(puzzles), "both"
 
 
 def too_few(split, need, count, source):
     """-> the UserError that says what was asked for and what there is."""
-    option = "n_test" if split == "easy" else f"n_{split}"
     there = ", ".join(f"{n:,} {name}" for name, n in count.items())
-    return UserError(f"{need[split]:,} {split} puzzles asked for, but {source} has only {there}: "
-                     f"ask for fewer (--{option})")
+    return UserError(f"{need[split]:,} {split} puzzles asked for, but {source} has only {there}")
 
 
 def stack(task, rows):
@@ -1093,12 +1101,12 @@ def stack(task, rows):
     return Puzzles(np.stack(x), np.stack(y), np.array(rating))
 
 
-def levels(task, path=None):
+def describe_levels(task, path=None):
     """-> {"easy": phrase, "hard": phrase}, what they mean; for files that depends on the file."""
     if path is None:
         return task.levels
     name = path.split(",")[0]
-    cut, top = file_limits(task, name)
+    cut, top = rating_limits(task, name)
     end = "and more" if top == np.inf else f"to {top}"
     return {"easy": f"rated below {cut} in {name}", "hard": f"rated {cut} {end}"}
 
@@ -1107,15 +1115,8 @@ def levels(task, path=None):
 # cache and processes
 
 def code_hash():
-    """A checksum of this file. Cache folders carry it: no puzzle of other code is served."""
+    """A checksum of this file. Cache folders carry it: no puzzle of another data.py is served."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-
-
-def chunks(task, seed, cache):
-    """-> an iterator over the chunks of a seed in order, without end."""
-    if task.slow:
-        return slow_chunks(task, seed, cache)
-    return (task.chunk(seed, index) for index in itertools.count())
 
 
 def slow_chunks(task, seed, cache):
@@ -1129,8 +1130,7 @@ def slow_chunks(task, seed, cache):
         if index > 0 and not chunk_file(folder, index).exists():
             break
         yield job(index)
-    with closing(parallel(job, index)) as more:
-        yield from more
+    yield from parallel(job, index)
 
 
 def chunk_file(folder, index):
@@ -1141,7 +1141,7 @@ def cached_chunk(task, seed, folder, index):
     """A chunk from its file, or made and kept at once: an interrupt loses none that is ready."""
     file = chunk_file(folder, index)
     chunk = load_cache(file)
-    if not chunk:
+    if chunk is None:
         chunk = task.chunk(seed, index)
         save_cache(file, chunk)
     return chunk
@@ -1165,7 +1165,8 @@ def parallel(job, start):
 
 
 def worker(parent):
-    """What a new process does first: leave Ctrl-C to its parent, and end when the parent ends."""
+    """What a new process does first: leave Ctrl-C to its parent, and end when the parent ends (one
+    that is killed cannot tell its workers, who would wait for ever)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -1178,26 +1179,24 @@ def worker(parent):
 
 
 def load_cache(file):
-    """-> {name: Puzzles}, or {} if the file is missing or not what save_cache wrote there."""
+    """-> {level: Puzzles}, or None if there is no file that can be read."""
+    if not file.exists():
+        return None
     try:
-        with np.load(file, allow_pickle=False) as content:
-            arrays = dict(content)
-        if str(arrays.pop("name")) != str(Path(file.parent.name, file.name)):
-            raise ValueError("it has another name inside")
-        names = dict.fromkeys(key.split()[0] for key in arrays)
-        return {n: Puzzles(*(arrays[f"{n} {f.name}"] for f in fields(Puzzles))) for n in names}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {level: Puzzles(*(arrays[f"{level} {field.name}"] for field in fields(Puzzles)))
+                    for level in ("easy", "hard")}
+    except Exception as error:      # of damaged files numpy and zipfile raise a dozen kinds
         print(f"{file}: unusable cache, making it again ({error})", file=sys.stderr)
-        return {}
+        return None
 
 
-def save_cache(file, puzzles):
-    """{name: Puzzles} -> file."""
-    arrays = {f"{n} {name}": a for n, p in puzzles.items() for name, a in vars(p).items()}
+def save_cache(file, chunk):
+    """{level: Puzzles} -> file."""
+    arrays = {f"{level} {name}": array for level, puzzles in chunk.items()
+              for name, array in vars(puzzles).items()}
     content = io.BytesIO()
-    np.savez_compressed(content, name=str(Path(file.parent.name, file.name)), **arrays)
+    np.savez_compressed(content, **arrays)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, content.getvalue())
@@ -1206,7 +1205,7 @@ def save_cache(file, puzzles):
 
 
 def write_atomic(path, content):
-    """bytes -> file: whatever happens, the old file is there or the new, never half of it."""
+    """bytes -> file: wherever the program stops, the old file is there or the new, never a part."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
@@ -1248,8 +1247,7 @@ def progress(what):
 
 def open_text(path):
     """A file's text, unpacked according to its name."""
-    openers = {".gz": gzip.open, ".bz2": bz2.open}
-    opener = openers.get(Path(path).suffix, open)
+    opener = gzip.open if path.endswith(".gz") else open
     if path.endswith(".zst"):
         try:
             from zstandard import open as opener
@@ -1291,7 +1289,7 @@ def read_rows(path, columns):
             raise UserError(f"{path} line {line}: {len(row)} fields, the header has {len(header)}")
         *texts, rating = (row[i] for i in places)
         if not rating.isdecimal() or len(rating) > 9:
-            reason = f"rating {rating!r} is not a number below a billion"
+            reason = f"rating {rating!r} is not a whole number below a billion"
             raise UserError(f"{path} line {line}: {reason}")
         yield line, texts, int(rating)
 
@@ -1314,7 +1312,8 @@ def read_puzzles(task, path):
         yield Puzzles(x, y, np.array([rating for _, _, rating in batch]))
 
 
-def file_limits(task, path):
+@functools.cache        # a file is read to its end for this
+def rating_limits(task, path):
     """-> the lowest hard rating, and the highest that is used (inf: no limit)."""
     if task.file_limits:
         return task.file_limits
@@ -1341,13 +1340,18 @@ def from_files(task, path):
     if len(paths) > 2 or "" in paths:
         raise UserError(f"--files {path!r}: must be FILE or TRAIN,TEST")
 
-    cut, top = file_limits(task, paths[0])
+    cut, top = rating_limits(task, paths[0])
     roles = ["both"] if len(paths) == 1 else ["train", "test"]
     for name, role in zip(paths, roles, strict=True):
         for puzzles in read_puzzles(task, name):
-            puzzle_levels = np.where(puzzles.rating < cut, "easy", "hard").astype(object)
-            puzzle_levels[puzzles.rating > top] = None
-            yield puzzles, puzzle_levels, role
+            yield puzzles, [level_of(rating, cut, top) for rating in puzzles.rating], role
+
+
+def level_of(rating, cut, top):
+    """-> "easy", "hard", or None: the puzzle is not used."""
+    if rating > top:
+        return None
+    return "easy" if rating < cut else "hard"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1368,15 +1372,16 @@ def parse(argv):
     chosen.add_argument("--task", choices=TASKS, default="prefix_sums")
     task = TASKS[chosen.parse_known_args(argv)[0].task]
 
-    parser = Parser("data.py", description="print puzzles of a task", allow_abbrev=False,
-                    parents=[chosen])
+    parser = Parser("data.py", allow_abbrev=False, parents=[chosen],
+                    description="print puzzles of a task; --task TASK --help shows its options")
     parser.add_argument("--level", choices=("easy", "hard"), default="easy")
     parser.add_argument("--n", type=int, default=3, help="how many puzzles")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", metavar="FILE|TRAIN,TEST", help="read puzzles, make none")
     group = parser.add_argument_group(f"options of {task.name}")
     for f in fields(task):
-        group.add_argument(f"--{f.name}", type=f.type, default=f.default)
+        group.add_argument(f"--{f.name}", type=f.type, default=f.default,
+                           help=f"default: {f.default}")
     args = parser.parse_args(argv)
     options = {f.name: getattr(args, f.name) for f in fields(task)}
     try:

@@ -944,7 +944,7 @@ def wilson(rate, n):
 
 def report(cfg, model, sets):
     """Evaluate both test sets and print the table -> what eval.json says of them."""
-    levels = data.levels(model.task, cfg.files)
+    levels = data.describe_levels(model.task, cfg.files)
     # 1, 2, 4, ... and eval_loops
     counts = sorted({2 ** i for i in range(cfg.eval_loops.bit_length())} | {cfg.eval_loops})
     result = {"config": dataclasses.asdict(cfg), "halting": {}}
@@ -1048,7 +1048,10 @@ def watch(cfg, model):
         if converged:
             break
     ending = f"converged after {t} loops" if converged else f"did not converge in {t} loops"
-    print(f"\n{ending}; {task.verdict(text, labels)}")
+    verdict = task.verdict(text, labels)
+    if y is not None and (labels == y).all() and verdict != "solved":
+        verdict += ", solved"               # in chess a verdict is about the move alone
+    print(f"\n{ending}; {verdict}")
 
 
 # -----------------------------------------------------------------------------
@@ -1305,7 +1308,7 @@ def claimed_folder(cfg):
 def describe(cfg, model, sets, out, device):
     """Print what is about to happen, and begin the log with it."""
     task = model.task
-    levels = data.levels(task, cfg.files)
+    levels = data.describe_levels(task, cfg.files)
     x, y = sets["train"]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"task      {cfg.task}\neasy      {levels['easy']}\nhard      {levels['hard']}")
