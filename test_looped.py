@@ -2707,7 +2707,7 @@ BROKEN_CLAIMS = [
     ("R1", {"judge": "external"}), ("R2", {"norms": ("outer",)}), ("R3", {"norms": ("outer",)}),
     ("R4", {"recall_scale": 5.0}), ("R5", {"norm": "pre"}), ("R5", {"recall_scale": 0.0}),
     ("R7", {"norm": "pre", "loops": 400}),
-    ("I1", {"zeroed": True, "starts": 10}), ("I2", {"recall_scale": 4.0}), ("I3", {"norm": "pre"}),
+    ("I1", {"zeroed": True}), ("I2", {"recall_scale": 4.0}), ("I3", {"norm": "pre"}),
     ("I5", {"recalls": ("none",)}), ("G1", {"norm": "pre"}), ("G1", {"eps": 1e-2}),
     ("G2", {"norm": "pre"}), ("G3", {"norm": "pre", "loops": 200}), ("G5", {"norm": "pre"}),
     ("G6", {"norm": "pre"}), ("axes", {"swap": "pre", "blocks": 1}),
@@ -2869,12 +2869,6 @@ def test_iterate_finds_a_fixed_point_and_no_cycle():
     assert abs(h[1].item() / 0.9 ** 60 - 1) < 1e-4
 
 
-def test_slope():
-    k = torch.arange(5)
-    y = torch.stack((3.0 * k.double() + 1, -k.double()), 1)
-    assert torch.allclose(theory.slope(k, y), torch.tensor([3.0, -1.0]).double())
-
-
 def test_spectra_of_a_known_matrix():
     A = torch.tensor([[0.5, 1, 0], [0, -0.9, 0], [0, 0, 0.1]], dtype=torch.float64)
 
@@ -2921,8 +2915,7 @@ def test_sensitivity_is_the_chain_rule_through_the_loops():
 def test_gradients_are_those_of_autograd_and_of_differences():
     f = theory.untrained(3, "outer", "internal", 32, inputs=1)
     loss = theory.random_loss(f, 3)
-    dh0, dW, h, dh = theory.gradients(f, 4, loss)
-    assert torch.allclose(h, theory.states(f, (4,))[0])
+    dh0, dW, dh = theory.gradients(f, 4, loss)
     assert torch.allclose(dh.flatten(), theory.rng(3)(*f.e.shape).flatten())
 
     # |dl/dh_0| from the Jacobians, one turn after the other

@@ -51,7 +51,6 @@ CLAIMS = {}         # id -> generator(seed, quick, **variant) of Rows
 # rows of the table
 
 class Row(NamedTuple):
-    claim: str
     what: str
     predicted: str
     measured: str
@@ -75,7 +74,7 @@ def check(what, value, equals=None, at_least=None, at_most=None, within=0.0, not
         passed = value <= float(at_most)
     else:
         raise ValueError(f"{what}: nothing to check against")
-    return Row("", what, bound, f"{value:.4g}", passed, note)
+    return Row(what, bound, f"{value:.4g}", passed, note)
 
 
 def control(what, value, **bounds):
@@ -86,8 +85,9 @@ def control(what, value, **bounds):
 def claim(name, axis):
     """Registers rows(seed, quick, **variant), a generator of Rows, as the claim `name`.
 
-    A variant is for the tests only. It breaks one ingredient of the claim (say norm="pre" where the
-    claim is about outer norm), and then a row has to fail: so we know that the rows test it.
+    A variant is for the tests only. It makes the claim smaller, or it breaks one ingredient (say
+    norm="pre" where the claim is about outer norm), and then a row has to fail: so we know that the
+    rows test it.
     """
     def register(rows):
         rows.axis = axis
@@ -174,17 +174,15 @@ def radius(J):
     return torch.linalg.eigvals(J).abs().amax(-1)
 
 
+def largest(values):
+    """-> NaN if one of them is, or if there are none: then a row cannot pass."""
+    return values.max() if len(values) > 0 else math.nan
+
+
 def left_eigenvector(J):
     """p of the dominant eigenvalue: p J = lambda p, so p v grows by |lambda| when v <- J v."""
     values, vectors = torch.linalg.eig(J.mT)
     return vectors[:, values.abs().argmax()]
-
-
-def slope(x, y):
-    """Least squares along the first axis: sum (x - mean) y / sum (x - mean)^2."""
-    x = torch.as_tensor(x, dtype=y.dtype)
-    x = x - x.mean()
-    return torch.tensordot(x, y, 1) / x.square().sum()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,7 +220,7 @@ def untrained(seed, norm, recall, width, inputs=8, gain=1.0, rho=None):
         model.W_e.weight *= gain
     if rho is not None:
         model.W_h.weight *= rho / radius(model.W_h.weight)
-    draw = rng(seed + 10 ** 6)          # another seed than that of the weights
+    draw = rng(seed + 10 ** 6)          # other numbers than those of the weights
     return Loop(model, cfg.embed_rms * draw(inputs, TOKENS, width))
 
 
@@ -258,7 +256,6 @@ def flat(tensors):
 class Gradients(NamedTuple):
     start: torch.Tensor         # |dl/dh_0|
     weights: torch.Tensor       # dl/dW, all weights of the loop in one vector
-    h: torch.Tensor             # h_K
     last: torch.Tensor          # dl/dh_K
 
 
@@ -277,7 +274,7 @@ def gradients(f, K, loss, start=None):
     value = loss(per_token(h, f))
     dh, dh0, *dW = torch.autograd.grad(value, [h, h0, *weights], allow_unused=True)
     f.model.requires_grad_(False)
-    return Gradients(dh0.norm(), flat(dW), h.detach(), dh)
+    return Gradients(dh0.norm(), flat(dW), dh)
 
 
 def left_out(f, marks, K, loss, start=None):
@@ -364,8 +361,7 @@ def r1(seed, quick, judge=None):
         a, b = scalar_loop(judge or recall, x, y)
         clear = (a.abs() - 1).abs() > 0.01
         broken = ((a.abs() < 1) != arrived)[clear].sum()
-        yield check(f"{recall}: of {n} weights, misjudged by |a| < 1", broken, equals=0)
-        yield check(f"{recall}: share of points judged", clear.double().mean(), at_least=0.95)
+        yield check(f"{recall}: of {clear.sum()} weights, misjudged by |a| < 1", broken, equals=0)
 
         # rounding: eps / (1 - |a|) = 2e-14; the start: 0.99^3000 |s_0 - s*|; ten times both
         inside = clear & (a.abs() < 1)
@@ -381,7 +377,7 @@ def r1(seed, quick, judge=None):
 
 
 def far_over_near(f):
-    """-> largest |h| after 800 loops from 1e6 h_0, over that from h_0 = e."""
+    """-> largest |h| after 800 loops from 1e6 h_0, over |h| after 800 from h_0 = e."""
     near = states(f, (800,))[0].norm(dim=-1)
     far = states(f, (800,), start=1e6 * f.start)[0].norm(dim=-1)
     return (far / near).max()
@@ -410,7 +406,8 @@ def r2(seed, quick, norms=("pre", "peri")):
         added = []
         for distance in (1e4, 1e6):
             h = distance * f.start
-            added.append(f(h) - f.model.W_h(per_token(h, f)).flatten(1))
+            turned = f.model.W_h(per_token(h, f)).flatten(1)
+            added.append(f(h) - turned)
         change = moved(added[1], added[0]).max()
         yield check(f"{norm}: f(h) - W_h h, change from 1e4 to 1e6 away", change,
                     equals=0, within=1e-2)
@@ -418,10 +415,11 @@ def r2(seed, quick, norms=("pre", "peri")):
         # below 1: two starts may end in two places of different size, but none keeps a part of 1e6
         ratios = [far_over_near(untrained(seed, norm, "external", width, inputs=2, rho=rho))
                   for rho in (0.3, 0.58, 0.95)]
-        yield check(f"{norm}: rho(W_h) <= 0.95: |h| from 1e6 away / from h_0 = e", max(ratios),
-                    at_most=10)
+        yield check(f"{norm}: rho(W_h) <= 0.95: |h| from 1e6 away / from h_0 = e",
+                    torch.stack(ratios).max(), at_most=10)
 
-        # above 1, from far out: C / |z| is below 1e-3 from the start and falls
+        # above 1, from far out: C / |z| is below 1e-3 at the start, and smaller by 1.05^300 = 2e6
+        # where the rate is read
         off = []
         for rho in (1.05, 1.2, 1.5):
             f = untrained(seed, norm, "external", width, inputs=2, rho=rho)
@@ -430,8 +428,8 @@ def r2(seed, quick, norms=("pre", "peri")):
             size = (h @ left).abs()
             rate = (size[1] / size[0]).log() / K
             off.append((rate - math.log(rho)).abs().max())
-        yield check(f"{norm}: rho(W_h) >= 1.05, far out: |growth - log rho(W_h)|", max(off),
-                    equals=0, within=1e-8)
+        yield check(f"{norm}: rho(W_h) >= 1.05, far out: |growth - log rho(W_h)|",
+                    torch.stack(off).max(), equals=0, within=1e-8)
 
     # the same W_h inside the sub-layers decides nothing: |h| stays large, or grows linearly (R3)
     f = untrained(seed, "pre", "internal", width, inputs=2, rho=0.58)
@@ -468,7 +466,6 @@ def r3(seed, quick, norms=("pre", "peri")):
         for recall in ("none", "internal"):
             f, h, after, power = run(norm, recall)
             worst = power[(power - 1).abs().argmax()]
-            cosine = torch.cosine_similarity(h, after)
 
             # J tends to the identity like 1 / |h|
             one = torch.eye(h.shape[1])
@@ -481,8 +478,6 @@ def r3(seed, quick, norms=("pre", "peri")):
             # a state that grows straight on by the same step has K |step| = |h_K|
             steps = K * (after - h).norm(dim=1) / h.norm(dim=1)
             yield check(f"{name}: K |h_K+1 - h_K| / |h_K|, least", steps.min(), at_least=0.5)
-            yield check(f"{name}: ... while 1 - cos(h_K, h_K+1) is", (1 - cosine).max(),
-                        at_most=1e-5)
             yield check(f"{name}: 100 |J - I| at 100 h / |J - I| at h", 100 * far / near, equals=1,
                         within=1e-2)
 
@@ -512,12 +507,12 @@ def r4(seed, quick, recall_scale=0.0):
     # the dominant eigenvalue of each A, its eigenvector, and by how much it dominates
     values, vectors = torch.linalg.eig(A)
     size, order = values.abs().sort(descending=True)
-    top = values.gather(1, order[:, :1])[:, 0]
-    pick = torch.arange(matrices), order[:, 0]
-    v = vectors.mT[pick].real
-    p = torch.linalg.inv(vectors)[pick].real    # rows of the inverse: left eigenvectors, p v = 1
+    first = torch.arange(matrices), order[:, 0]
+    top = values[first]
+    v = vectors.mT[first].real
+    p = torch.linalg.inv(vectors)[first].real   # rows of the inverse: left eigenvectors, p v = 1
     real = top.imag.abs() < 1e-12
-    rival = torch.where(real, size[:, 1], size[:, 2])
+    rival = torch.where(real, size[:, 1], size[:, 2])   # of a complex pair the third is the rival
     clear = rival / size[:, 0] < 0.98           # 0.98^2000 = 3e-18
     wins = real & (top.real > 0)
 
@@ -556,8 +551,8 @@ def r5(seed, quick, norm="outer", recall_scale=1.0):
     with one fixed point, reached from every start on it. An orthogonal A attains the bound, at the
     s for which A s points against w. (A random A comes to rest far below 2, so it would test
     little.) Below 2 neither r nor rho(A) decides: I and -I share them, but with -I, which turns
-    every state against itself, nothing is reached at any r < 2 (but from +-w, see G5), and with I
-    all. (rho(A) by itself means nothing: (A, w) -> (c A, c w) leaves f as it is.)
+    every state against itself, nothing is reached at any r < 2 (but from +-w if r > 1, see G5), and
+    with I all. (rho(A) by itself means nothing: (A, w) -> (c A, c w) leaves f as it is.)
     """
     matrices = 8 if quick else 30
     inputs = 16
@@ -610,7 +605,7 @@ def r7(seed, quick, norm="outer", loops=1000):
     So once near it takes about log(1 / tol) / -log rho(J*) loops to come within tol (not measured).
     The norm |J*|_2, which bounds a single loop, is larger and says less: the control.
     """
-    models = 4 if quick else 12
+    models = 4 if quick else 10
     width = SMALL if quick else LARGE
 
     by_radius = []
@@ -623,10 +618,9 @@ def r7(seed, quick, norm="outer", loops=1000):
         off = (path - path[-1]) / path[-1].norm()
         z = (off.to(p.dtype) @ p).abs()
         # where squares, and rounding, are small against it
-        distance = off.norm(dim=1)
-        k = ((distance < 1e-5) & (z > 1e-12)).nonzero()[:, 0]
-        if len(k) >= 10 and distance[k[0]:].max() < 1e-5:
-            rate = slope(k, z[k].log())
+        k = ((off.norm(dim=1) ** 2 < 1e-4 * z) & (z > 1e-12)).nonzero()[:, 0]
+        if len(k) >= 10 and len(k) == k[-1] - k[0] + 1:         # without a gap
+            rate = (z[k[-1]] / z[k[0]]).log() / (k[-1] - k[0])
             by_radius.append(radius(J).log() / rate)
             by_norm.append(torch.linalg.matrix_norm(J, 2).log() / rate)
 
@@ -635,17 +629,18 @@ def r7(seed, quick, norm="outer", loops=1000):
     yield check(f"{norm} + internal: models of {models} whose rate can be read", len(by_radius),
                 at_least=models / 2)
     yield check("log rho(J*) / rate of |p (h_k - h*)|, worst", worst, equals=1, within=1e-3)
-    yield control("log |J*|_2 / rate of |p (h_k - h*)|, largest", max(by_norm, default=math.nan),
+    yield control("log |J*|_2 / rate of |p (h_k - h*)|, largest", largest(torch.tensor(by_norm)),
                   at_most=0.95)
 
 
 # --------------------------------------------------------------------------------------------------
 # input-dependence
 
-def newton_roots(f, s, loops=30):
+def newton_roots(f, s):
     """Fixed points of f [m, n] that Newton's method finds from the starts s [N, n]."""
     one = torch.eye(s.shape[1])
-    for _ in range(loops):
+    for _ in range(30):
+        # solve_ex: a singular matrix gives inf or nan, not an error
         s = s + torch.linalg.solve_ex(one - jacobian(f, s), f(s) - s)[0]
     return unique(s[moved(f(s), s) < 1e-10])
 
@@ -669,7 +664,7 @@ def isolation(seed, starts, zeroed):
 
 
 @claim("I1", "input-dependence")
-def i1(seed, quick, zeroed=False, starts=None):
+def i1(seed, quick, zeroed=False):
     """Fixed points are isolated, so countable, but for exceptional weights.
 
     Paper's abstract, for loops without recall. Derived here, for s' = C(s) + b with C smooth: if
@@ -682,7 +677,7 @@ def i1(seed, quick, zeroed=False, starts=None):
     recall: sigma_min(I - J) > 0 at all fixed points that Newton's method finds. Control: a zeroed
     block, of which all states are fixed points.
     """
-    starts = starts or (60 if quick else 200)
+    starts = 60 if quick else 200
     blocks = 3 if quick else 8
     sigma = [isolation(100 * seed + i, starts, zeroed) for i in range(blocks)]
     note = "found in each: " + " ".join(str(len(found)) for found in sigma)
@@ -691,9 +686,8 @@ def i1(seed, quick, zeroed=False, starts=None):
     yield check(f"{name}: fixed points found", len(sigma), at_least=1, note=note)
     yield check(f"{name}: least sigma_min(I - J)", min(sigma, default=math.nan), at_least=1e-8)
     continuum = isolation(100 * seed, starts, zeroed=True)
-    yield control(f"zeroed block: fixed points found from {starts} starts", len(continuum),
-                  at_least=starts / 2)
-    yield control("zeroed block: largest sigma_min(I - J)", continuum.max(), at_most=1e-8)
+    yield control(f"zeroed block, {len(continuum)} fixed points: largest sigma_min(I - J)",
+                  largest(continuum), at_most=1e-8)
 
 
 def tanh_path(seed, recall_scale, n, loops, asymmetry=0.0):
@@ -718,7 +712,8 @@ def tanh_path(seed, recall_scale, n, loops, asymmetry=0.0):
     def turn(s):
         return 0.8 * s + 0.2 * torch.tanh(3 * s @ W.T + recall_scale * e)
     s, motion = iterate(turn, e, loops)
-    return place[motion < 1e-12], s[motion < 1e-12]
+    arrived = motion < 1e-12            # far below the 1e-9 that slides() calls a move
+    return place[arrived], s[arrived]
 
 
 def staircase(seed, recall_scale, n, loops):
@@ -731,11 +726,6 @@ def staircase(seed, recall_scale, n, loops):
         shares.append(len(s) / n)
         steps.append(s.diff(dim=0).abs().amax(1))
     return sum(shares) / 3, torch.cat(steps)
-
-
-def moves(steps):
-    """How many steps move the limit."""
-    return (steps > 1e-9).sum()
 
 
 def slides(steps):
@@ -774,7 +764,7 @@ def i2(seed, quick, recall_scale=0.0):
       lambda = 1      of e one number is kept, its part along the dominant eigenvector; but then
                       the fixed points are a whole line (the control), and 1 +- 1e-4 undoes it
     tanh networks, symmetric or not, along a path of inputs: the limit jumps, once or a few times,
-    and four times as many inputs on the path do not make it jump more often.
+    and stands still in between.
     """
     yield from linear_loops(seed)
     yield from tanh_loops(seed, quick, recall_scale)
@@ -786,9 +776,9 @@ def linear_loops(seed):
     draw = rng(seed)
     e = draw(inputs, 16)
     kinds = {"positive": 1.0, "negative": -1.0, "complex": complex(math.cos(0.7), math.sin(0.7))}
+    arrived = {}
+    limits = {}
     for kind, unit in kinds.items():
-        arrived = {}
-        limits = {}
         for rho in (0.5, 0.99, 1 - 1e-4, 1, 1 + 1e-4, 1.01, 2):
             A = matrix_with_top(rho * unit, draw)
 
@@ -798,20 +788,17 @@ def linear_loops(seed):
             loops = 600 if rho == 1 else 300 + math.ceil(60 / abs(math.log(rho)))
             h = e @ torch.linalg.matrix_power(A.T, loops)
             still = moved(h @ A.T, h) < CONVERGED
-            arrived[rho] = still.double().mean()
-            limits[rho] = distinct(h[still])
-        below = [rho for rho in limits if rho < 1]
-        above = [rho for rho in limits if rho > 1]
-        yield check(f"{kind}, rho < 1: least share of inputs that converge",
-                    min(arrived[rho] for rho in below), equals=1)
-        yield check(f"{kind}, rho < 1: most distinct limits", max(limits[rho] for rho in below),
-                    equals=1)
-        yield check(f"{kind}, rho > 1: largest share that converges",
-                    max(arrived[rho] for rho in above), equals=0)
-        if kind == "positive":
-            yield control(f"{kind}, rho = 1: distinct limits of {inputs}", limits[1], equals=inputs)
-        else:
-            yield check(f"{kind}, rho = 1: share of inputs that converge", arrived[1], equals=0)
+            arrived[kind, rho] = still.double().mean()
+            limits[kind, rho] = distinct(h[still])
+
+    below = [(kind, rho) for kind, rho in limits if rho < 1]
+    others = [cell for cell in limits if cell not in below and cell != ("positive", 1)]
+    yield check("|lambda| < 1: least share of inputs that converge",
+                min(arrived[cell] for cell in below), equals=1)
+    yield check("|lambda| < 1: most distinct limits", max(limits[cell] for cell in below), equals=1)
+    yield check("|lambda| >= 1 but not lambda = 1: largest share that converges",
+                max(arrived[cell] for cell in others), equals=0)
+    yield control(f"lambda = 1: distinct limits of {inputs}", limits["positive", 1], equals=inputs)
 
 
 def tanh_loops(seed, quick, recall_scale):
@@ -820,56 +807,41 @@ def tanh_loops(seed, quick, recall_scale):
     n = 501 if quick else 2001
     loops = 1500 if quick else 4000
     share, steps = staircase(seed, recall_scale, n, loops)
-    _, finer = staircase(seed, recall_scale, 4 * n, loops)
     # two of the three networks: the symmetric one and another
     yield check("tanh, 3 networks: share of inputs that converge", share, at_least=0.6)
     yield check("tanh: steps along the path that move the limit by 1e-9 to 0.1", slides(steps),
                 equals=0)
-    yield check("tanh: steps that move it at all", moves(steps), at_least=1)
-    # jumps stay as many (times 1), slides become four times as many: half of the way in the log
-    yield check("tanh: ... on a path of four times as many, times", moves(finer) / moves(steps),
-                at_most=2)
+    yield check("tanh: steps that move it at all", (steps > 1e-9).sum(), at_least=1)
 
     _, steps = staircase(seed, 4.0, n, loops)
-    _, finer = staircase(seed, 4.0, 4 * n, loops)
     yield control("with recall, share of steps that move it by 1e-9 to 0.1",
                   slides(steps) / len(steps), at_least=0.3)
-    yield control("with recall, steps that move it on a path of four times as many, times",
-                  moves(finer) / moves(steps), equals=4, within=0.05)
 
 
 @claim("I3", "input-dependence")
-def i3(seed, quick, norm="outer", recall="none"):
+def i3(seed, quick, norm="outer"):
     """Where the real block without recall converges, it forgets: few limits, whatever the input.
 
     Seen on random weights under outer norm (under pre norm nothing is reached, R3). Some models
-    converge for no input. In some of the others all tokens end equal: they then stay equal, since
-    attention weights sum to 1. With recall each input has a limit of its own.
+    converge for no input. With recall each input has a limit of its own.
     """
     width = SMALL if quick else LARGE
     models = 8
     share = []
     limits = []
-    spreads = []
     for i in range(models):
-        f = untrained(10 * seed + i, norm, recall, width, inputs=8 if quick else 24)
+        f = untrained(10 * seed + i, norm, "none", width, inputs=8 if quick else 24)
         h, motion = iterate(f, f.start, 800 if quick else 2000)
         arrived = motion < CONVERGED
         share.append(arrived.double().mean())
         # of a few inputs that converge a few limits would say nothing
         if share[-1] > 0.5:
             limits.append(distinct(h[arrived]))
-
-        # how far the tokens of its limits are from equal
-        tokens = per_token(h[arrived], f)
-        if len(tokens) > 0:
-            spreads.append((tokens - tokens[:, :1]).abs().max())
     note = " ".join(f"{float(s):.2f}" for s in share)
     yield check(f"{models} models: share of inputs that converge", sum(share) / models,
                 at_least=0.1, note=note)
     yield check("where most converge: most distinct limits of one model's inputs",
                 max(limits, default=math.nan), at_most=4)
-    yield check("models whose tokens all end equal", sum(s < 1e-6 for s in spreads), at_least=1)
 
     f = untrained(seed, "outer", "internal", width, gain=STRONG)
     h, motion = iterate(f, f.start, 800)
@@ -877,13 +849,8 @@ def i3(seed, quick, norm="outer", recall="none"):
                   equals=8)
 
 
-def derivative_by_input(f, h):
-    """df/de [n, n] at the state h of one input."""
-    return jacobian(lambda e: f.on(e)(h), f.start)[0]
-
-
 @claim("I5", "input-dependence")
-def i5(seed, quick, norm="outer", recalls=("internal", "external")):
+def i5(seed, quick, recalls=("internal", "external")):
     """With recall the limit follows the input smoothly: dh*/de = (I - J)^-1 df/de.
 
     Paper's abstract: recall + outer norm makes fixed points locally smooth in the input. Derived
@@ -897,7 +864,7 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
 
     def limit(f):
         h, motion = iterate(f, f.start, 1500)
-        if motion.max() >= 1e-12:       # divided by 2 small, that is below 1e-7
+        if motion.max() >= 1e-12:       # times |h|, some 18, and divided by 2 small: below 1e-7
             return h * math.nan
         return h
 
@@ -907,26 +874,27 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
         return (up - down) / (2 * small)
 
     for recall in recalls:
-        f = untrained(seed, norm, recall, width, inputs=1, gain=STRONG)
+        f = untrained(seed, "outer", recall, width, inputs=1, gain=STRONG)
         h = limit(f)
 
         # the implicit function theorem, and one linear map G for all directions
-        G = torch.linalg.solve(torch.eye(n) - jacobian(f, h)[0], derivative_by_input(f, h))
+        df_de = jacobian(lambda e, f=f, h=h: f.on(e)(h), f.start)[0]
+        G = torch.linalg.solve(torch.eye(n) - jacobian(f, h)[0], df_de)
         exact = v @ G.T
         error = (differences(f) - exact).norm() / exact.norm()
         # the radial singular values are of the order of the norm's eps, 1e-6, or less (G1); a
         # limit that is none has rank 0
-        values = torch.linalg.svdvals(G.nan_to_num(0, 0, 0))
+        values = torch.linalg.svdvals(G.nan_to_num())
         rank = (values > 1e-6).sum()
         note = f"singular values on both sides: {values[-TOKENS - 1]:.1e}, {values[-TOKENS]:.1e}"
-        yield check(f"{norm} + {recall}: implicit - differences, relative", error, equals=0,
+        yield check(f"outer + {recall}: implicit - differences, relative", error, equals=0,
                     within=1e-6)
-        yield check(f"{norm} + {recall}: rank of dh*/de, L D = {n}", rank, equals=n - TOKENS,
+        yield check(f"outer + {recall}: rank of dh*/de, L D = {n}", rank, equals=n - TOKENS,
                     note=note)
 
     # the first of nine models without recall whose input converges
     for i in range(9):
-        left = differences(untrained(10 * seed + i, norm, "none", width, inputs=1)).norm()
+        left = differences(untrained(10 * seed + i, "outer", "none", width, inputs=1)).norm()
         if left.isfinite():
             break
     yield control("no recall, |dh*/de v| / |v| where converged", left / v.norm(), at_most=1e-6)
@@ -937,13 +905,15 @@ def i5(seed, quick, norm="outer", recalls=("internal", "external")):
 
 @claim("G1", "geometry")
 def g1(seed, quick, norm="outer", eps=1e-6):
-    """RMSNorm: DN(u) = diag(g) (I - u u^T / (D sigma^2)) / sigma, sigma^2 = |u|^2 / D + eps.
+    """RMSNorm forgets the length of a token: DN(u) = diag(g) (I - u u^T / (D sigma^2)) / sigma,
+    with sigma^2 = |u|^2 / D + eps.
 
-    Derived here: it forgets the length. For g = 1 (the rows divide g out) the radial singular
-    value is eps / sigma^3, and the others are 1 / sigma. In the loop J is a product with two such
-    norms. Of its singular values L are near 0 for L tokens, and not 2 L, since in general what the
-    second norm forgets is not in the image of the first. |det J| holds eps twice for each token,
-    and those L values have to make it up: each is of the order of eps^2.
+    Derived here: for g = 1 (the rows divide g out) the radial singular value is eps / sigma^3, and
+    the others are 1 / sigma. In the loop J is a product with two such norms. Of its singular values
+    L are near 0 for L tokens, and not 2 L, since in general what the second norm forgets is not in
+    the image of the first. |det J| holds eps twice for each token, so that the product of those L
+    values is of the order of eps^(2 L). None is smaller than about eps^2, since J^-1 holds 1 / eps
+    once for each norm. So each is of the order of eps^2.
     """
     D = 64
     u, weight = rng(seed)(2, 1, D)
@@ -959,8 +929,6 @@ def g1(seed, quick, norm="outer", eps=1e-6):
     yield check("|DN - formula| / |DN|", (J - formula).norm() / J.norm(), equals=0, within=1e-12)
     yield check("radial singular value / (eps / sigma^3)", values[-1] * sigma ** 3 / eps, equals=1,
                 within=1e-6)
-    off = (values[:-1] * sigma - 1).abs().max()
-    yield check("|other singular values times sigma - 1|, largest", off, equals=0, within=1e-12)
 
     # in the loop: one radial direction for each token; 1e-6 lies far from both, eps^2 = 1e-12 and
     # the next values
@@ -985,22 +953,20 @@ def gradient_sweep(norm, seed, widths, recalls):
     converged = []
     # recall gain and rho of W_h (None: as it is); weaker recall may not converge (claim axes)
     strengths = ((4.0, None), (16.0, 2.0), (64.0, 2.0))
-    for recall in recalls:
-        for gain, rho in strengths:
-            for width in widths:
-                f = untrained(seed, norm, recall, width, inputs=1, gain=gain, rho=rho)
-                path = states(f, range(1, 402))[:, 0]
-                still = moved(path[1:], path[:-1]) < 1e-6
-                converged.append(still[-1])
-                K = 40
-                if still[-1]:
-                    K = max(K, 1 + int((~still).sum()))
+    for recall, (gain, rho), width in itertools.product(recalls, strengths, widths):
+        f = untrained(seed, norm, recall, width, inputs=1, gain=gain, rho=rho)
+        path = states(f, range(1, 402))[:, 0]
+        still = moved(path[1:], path[:-1]) < 1e-6
+        converged.append(still[-1])
+        K = 40
+        if still[-1]:
+            K = max(K, 1 + int((~still).sum()))
 
-                loss = random_loss(f, seed)
-                early = gradients(f, K, loss)
-                late = gradients(f, 2 * K, loss)
-                powers.append((late.weights.norm() / early.weights.norm()).log2())
-                growths.append(late.start / early.start)
+        loss = random_loss(f, seed)
+        early = gradients(f, K, loss)
+        late = gradients(f, 2 * K, loss)
+        powers.append((late.weights.norm() / early.weights.norm()).log2())
+        growths.append(late.start / early.start)
     return torch.stack(powers), torch.stack(growths), torch.stack(converged)
 
 
@@ -1018,28 +984,18 @@ def g2(seed, quick, norm="outer"):
 
     The sweep is over recall gains, widths, and rho(W_h) below and above 1; gains from 4, or from 16
     where rho(W_h) = 2, since weaker recall may not converge (claim axes). Gradients of outer-norm
-    loops are judged from the loop on at which they have converged.
+    loops are judged from the loop on at which they have converged. (G6 measures the series.)
     """
-    width = SMALL if quick else LARGE
-    K = 60 if quick else 100
-    for recall in ("internal", "external"):
-        f = untrained(seed, norm, recall, width, inputs=1, gain=STRONG)
-        found = gradients(f, K, random_loss(f, seed))
-        J = jacobian(f, found.h)[0]
-        exact = implicit_gradient(f, found.h, J, found.last)
-        yield check(f"{norm} + {recall}: dl/dW of {K} loops - implicit, relative",
-                    (found.weights - exact).norm() / exact.norm(), equals=0, within=1e-4)
-
-    # where rho(W_h) is 0.58 or recall drifts, a bounded gradient may be luck: so all of these
+    # one model may have bounded gradients by luck, with rho(W_h) = 0.58 say: so a sweep
     widths = (16, 32) if quick else (16, 32, 64)
     cells = f"{6 * len(widths)} models"
 
     power, growth, converged = gradient_sweep(norm, seed, widths, ("internal", "external"))
     yield check(f"{norm}, {cells}: share that converges", converged.double().mean(), at_least=0.6)
-    yield check("... of those: largest power of K in |dl/dW|",
-                max(power[converged], default=math.nan), at_most=0.01)
+    yield check("... of those: largest power of K in |dl/dW|", largest(power[converged]),
+                at_most=0.01)
     yield check("... of those: largest |dl/dh_0|, through 2 K loops / K",
-                max(growth[converged], default=math.nan), at_most=1)
+                largest(growth[converged]), at_most=1)
     power, _, _ = gradient_sweep("pre", seed, widths, ("internal",))
     worst = power[(power - 1).abs().argmax()]
     yield control("pre, the internal half: power of K in |dl/dW|", worst, equals=1,
@@ -1140,11 +1096,6 @@ def g5(seed, quick, norm="outer"):
         yield check(f"{recall}, {clear.sum()} weights: share as predicted", agree, equals=1)
 
     # the order of the two, by the rule
-    a, b = scalar_loop("internal", x, y)
-    sure = (x * y > 0) | (x.abs() < 0.5)
-    yield check("internal, x y > 0 or |x| < 1/2: weights that do not settle",
-                (sure & ~settles(a, b, "outer")).sum(), equals=0)
-
     def lead(norm):
         """-> P(reached) with internal recall - with external, for each sigma; a note of both."""
         shares = {}
@@ -1280,16 +1231,17 @@ def axes(seed, quick, swap=None, blocks=None):
 # --------------------------------------------------------------------------------------------------
 # the same measurements on a trained model
 
-def estimated_radius(f, s, steps=50):
-    """An estimate of rho(J) at s [B, n] for large n: growth of |J^k v| a loop, k > steps / 2."""
-    v = torch.ones_like(s)
+def estimated_radius(f, s):
+    """An estimate of rho(J) at s [B, n] for large n, by power iteration: the mean factor by which J
+    stretches a vector in the last 25 of 50 steps."""
+    v = rng(0)(*s.shape)
     sizes = []
     small = 1e-5                        # J v by central differences: good to about 1e-10 |v|
-    for _ in range(steps):
+    for _ in range(50):
         v = F.normalize(v)
         v = (f(s + small * v) - f(s - small * v)) / (2 * small)
         sizes.append(v.norm(dim=1).log())
-    return torch.stack(sizes[steps // 2:]).mean(0).exp()
+    return torch.stack(sizes[25:]).mean(0).exp()
 
 
 def trained(path, inputs):
@@ -1297,6 +1249,8 @@ def trained(path, inputs):
     model, cfg = looped.load(path)
     easy = data.splits(model.task, cfg.seed, n_train=0, n_val=0, n_test=cfg.n_test, n_hard=0,
                        path=cfg.files)["easy"]
+    if len(easy) < 2:
+        raise data.UserError(f"{path}: its --n_test is 1; two test puzzles are needed")
     x = torch.as_tensor(easy.x[:inputs]).long()
     y = torch.as_tensor(easy.y[:inputs]).long()
     return model, x, y
@@ -1357,10 +1311,9 @@ def spectrum(model, x):
 
 
 def input_dependence(f, h, loops, seed):
-    """Where the states h [B, L D] come from: the memory of e (a mean), and medians over inputs.
-
-    The state goes on from h with the inputs swapped, begins anew from a random start, or is pushed
-    by a random vector of its own rms (the share that comes back).
+    """How far e is remembered (dh_k/de, a mean), and, as medians over inputs, where the state ends
+    if it goes on from h [B, L D] with the inputs swapped, or begins from a random start; and the
+    share that comes back after a push by a random vector of its own rms.
     """
     _, d = sensitivity(f, (30, 100, 500), seed)
     swapped, _ = iterate(f.on(f.e.roll(1, 0)), h, loops)
@@ -1382,7 +1335,7 @@ def left_out_medians(f, losses, K):
     return torch.stack(shares).median(0).values
 
 
-def measure(path, inputs=256, loops=300, seed=0):
+def measure(path, inputs, loops=300, seed=0):
     """The three axes of a trained run on easy test puzzles -> a record, for --json.
 
     A list goes by the loop counts in its name; that of rho by the inputs.
@@ -1405,16 +1358,17 @@ def measure(path, inputs=256, loops=300, seed=0):
     record |= input_dependence(few, h[:8], loops, seed)
     record |= limits_on_a_line(f, loops)
 
-    # geometry: gradients through more and more loops. Without the head's norm, which divides by
-    # the size of the state and would hide that they grow
+    # geometry: gradients through more and more loops. Through a copy of the head, whose own
+    # gradient needs no loops; without its norm, which divides by the size of the state and would
+    # hide that they grow
+    head = copy.deepcopy(model.head)
+
     def loss(h):
-        return F.cross_entropy(model.head[1:](h).flatten(0, 1), y[:8].flatten())
+        return F.cross_entropy(head[1:](h).flatten(0, 1), y[:8].flatten())
     record["gradient_15_30_60_120"] = [gradients(few, K, loss).weights.norm()
                                        for K in (15, 30, 60, 120)]
 
-    # the loss of training, through a copy of the head, whose own gradient needs no loops
-    head = copy.deepcopy(model.head)
-
+    # the loss of training
     def loss_of(labels):
         return lambda h: F.cross_entropy(head(h)[0], labels)
     losses = [loss_of(labels) for labels in y[:8]]
@@ -1426,13 +1380,9 @@ def measure(path, inputs=256, loops=300, seed=0):
 # --------------------------------------------------------------------------------------------------
 # tables and the command line
 
-def print_head(title):
-    print(f"\n{title:48} {'predicted':>14} {'measured':>10}")
-
-
-def print_row(row):
+def print_row(name, row):
     """In 80 columns: a long statement, and a note, have lines of their own."""
-    what = f"{row.claim:4} {row.what}"
+    what = f"{name:4} {row.what}"
     verdict = "PASS" if row.passed else "FAIL"
     values = f"{row.predicted} {row.measured:>10}  {verdict}"
     if len(what) + len(values) > 78:
@@ -1452,17 +1402,15 @@ def claims_table(names, seed, quick):
         report(done, len(names))
         if CLAIMS[name].axis != axis:
             axis = CLAIMS[name].axis
-            print_head(axis)
+            print(f"\n{axis:48} {'predicted':>14} {'measured':>10}")
         for row in CLAIMS[name](seed, quick):
-            row = row._replace(claim=name)
-            print_row(row)
-            table.append(row)
+            print_row(name, row)
+            table.append({"claim": name} | row._asdict())
 
-    failed = sorted({row.claim for row in table if not row.passed})
+    failed = sorted({row["claim"] for row in table if not row["passed"]})
     verdict = f"FAILED {', '.join(failed)}" if failed else "all rows pass"
     print(f"\n{len(names)} claims, {len(table)} rows, seed {seed}: {verdict}")
-    rows = [row._asdict() for row in table]
-    return {"seed": seed, "quick": quick, "rows": rows}, int(bool(failed))
+    return {"seed": seed, "quick": quick, "rows": table}, int(bool(failed))
 
 
 def trained_table(paths, inputs, seed):
@@ -1474,7 +1422,8 @@ def trained_table(paths, inputs, seed):
         records.append(record)
         for key, value in record.items():
             values = value if isinstance(value, list) else [value]
-            print(f"{key:36}", *(f"{v:.3g}" if isinstance(v, float) else v for v in values))
+            texts = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in values]
+            print(f"{key:36}", *texts)
         print(flush=True)
     return records, 0
 
@@ -1499,6 +1448,8 @@ def execute(args):
             raise data.UserError(f"--only {name}: no such claim; one of {' '.join(CLAIMS)}")
     if args.inputs < 2:
         raise data.UserError(f"--inputs {args.inputs}: must be 2 or more")
+    if not 0 <= args.seed < 1e8:
+        raise data.UserError(f"--seed {args.seed}: must be between 0 and 1e8")
     if args.json is not None:       # a bad place fails now, not after minutes of work
         with open(args.json, "ab"):
             pass
