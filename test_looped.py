@@ -38,8 +38,8 @@ import theory
 torch.set_num_threads(1)
 
 
-# -----------------------------------------------------------------------------
-# looped.py
+# --------------------------------------------------------------------------------------------------
+# what the tests share: small settings
 
 TINY = dict(bits=12, hard_bits=24, width=16, heads=2, n_train=64, n_val=8, n_test=8, n_hard=8,
             steps=6, batch=8, loops=4, grad_loops=2, eval_loops=4, eval_every=2, warmup=2,
@@ -147,8 +147,1082 @@ def give_marks(y, classes):
     return 9.0 * F.one_hot(y, classes)
 
 
+def train(cfg, out, checkpoint=None):
+    """Train a new model, or go on from a checkpoint -> the last checkpoint, the log."""
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(cfg.seed)
+    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), out, checkpoint)
+    return looped.read_checkpoint(out)[0], read_log(out)
+
+
+def spy(monkeypatch, name, look):
+    """Call look(*args) before each call of looped.<name>."""
+    real = getattr(looped, name)
+
+    def spied(*args, **options):
+        look(*args)
+        return real(*args, **options)
+    monkeypatch.setattr(looped, name, spied)
+
+
 # --------------------------------------------------------------------------------------------------
-# the model
+# what the tests share: small tasks and files
+
+BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+
+
+class SmallSudoku(data.Sudoku):
+    """With an eighth of the boards in a chunk, so that tests need not wait for them."""
+
+    def chunk(self, seed, index, n=128):
+        return super().chunk(seed, index, n)
+
+
+class SmallChess(data.Chess):
+    """With fewer positions in a chunk."""
+
+    def chunk(self, seed, index, ones=16, twos=2):
+        return super().chunk(seed, index, ones, twos)
+
+
+SUDOKU = {side: SmallSudoku(side=side) for side in BOX}
+CHESS = SmallChess()
+SQUARES = replace(CHESS, marks="squares")
+BITS = data.TASKS["prefix_sums"]
+TASK = {**SUDOKU, "chess": CHESS, "squares": SQUARES, "bits": BITS}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def made(cache):
+    """{task or side: splits}, made once."""
+    return {k: data.splits(task, 2, 6, 1, 1, 2, cache=cache) for k, task in TASK.items()}
+
+
+def rows(array):
+    return [row.tobytes() for row in array]
+
+
+HEADER = {"chess": "PuzzleId,FEN,Moves,Rating", "sudoku": "source,question,answer,rating"}
+FEN = "r1bqkbnr/pppp1ppp/2n5/4p2Q/2B1P3/8/PPPP1PPP/RNB1K1NR b KQkq - 3 3"
+QUESTION = "1.3..4..2..3..2."
+ANSWER = "1234341221434321"
+HARD = [f"b,{FEN},{m} h5f7,{r}" for m, r in (("h7h6", 1601), ("d7d6", 2000), ("g8h6", 2001))]
+
+
+def write_rows(path, *lines, opener=open):
+    with opener(path, "wt") as f:
+        f.write("\n".join(lines) + "\n")
+    return str(path)
+
+
+def many_mates(folder):
+    """A file of 50 positions with Qxf7 to find, 34 of them easy."""
+    board = chess.Board(FEN)
+    lines = []
+    for first in list(board.legal_moves):
+        for second in ("b1c3", "d2d3"):
+            later = chess.Board(FEN)
+            later.push(first)
+            if chess.Move.from_uci(second) not in later.legal_moves:
+                continue
+            later.push_uci(second)
+            for reply in list(later.legal_moves)[:3]:
+                mate = later.copy()
+                mate.push(reply)
+                if chess.Move.from_uci("h5f7") in mate.legal_moves:
+                    rating = 1500 if len(lines) % 3 else 1700
+                    lines.append(f"i,{later.fen()},{reply.uci()} h5f7,{rating}")
+    return write_rows(folder / "many.csv", HEADER["chess"], *lines[:70])
+
+
+# --------------------------------------------------------------------------------------------------
+# what the tests share: programs that are called
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run and what it printed, on an ASCII terminal: (folder, text)."""
+    place = tmp_path_factory.mktemp("finished")
+    out = Path("out", "prefix_sums-internal-outer-seed0")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(terminal):
+        patch.chdir(place)
+        assert looped.main(flags()) == 0
+    return place / out, terminal.buffer.getvalue().decode()
+
+
+@pytest.fixture
+def home(finished):
+    """The test's folder has two finished runs, RUN and OTHER, and a file."""
+    for name in ("RUN", "OTHER"):
+        shutil.copytree(finished[0], name)
+    Path("file").write_text("mine")
+    return Path()
+
+
+def raising(error):
+    """-> a function that does nothing but raise the error, to stand in for another."""
+    def function(*args, **options):
+        raise error
+    return function
+
+
+stopped = raising(KeyboardInterrupt())      # Ctrl-C comes while it works
+
+
+def exit_code(main, argv):
+    try:
+        return main(argv)
+    except SystemExit as exit:
+        return exit.code
+
+
+def fails(capsys, argv, code=2, main=looped.main):
+    """-> the one line on stderr."""
+    got = exit_code(main, argv)
+    line = capsys.readouterr().err
+    assert got == code, line
+    assert line.count("\n") == 1 and line.endswith("\n"), line
+    return line
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: what a task is
+
+
+def toy(**members):
+    """A task class with all that a task must have, and perhaps other members."""
+
+    def chunk(self, seed, index):
+        rng = np.random.default_rng((seed, index))
+        x = rng.integers(0, 2, (256, 8), np.uint8)
+        p = data.Puzzles(x, 1 - x, x.sum(1))
+        return {"easy": p[p.rating < 4], "hard": p[p.rating >= 4]}
+
+    whole = {
+        "name": "toy", "grid": (8,), "vocab": 2, "classes": 2, "symbols": "01",
+        "levels": {"easy": "few ones", "hard": "many"}, "chunk": chunk,
+        "draw": lambda self, x, answers: self.text(x), "read": lambda self, text: (None, None),
+    }
+    return type("Toy", (data.Task,), whole | members)
+
+
+def test_a_whole_task_is_one_class(tmp_path):
+    task = dataclass(frozen=True)(toy())()
+    p = data.splits(task, 0, 20, 2, 2, 20, cache=tmp_path)
+    assert [len(part) for part in p.values()] == [20, 2, 2, 20]
+    assert task.show(p["hard"].x[0], p["hard"].y[0]) == task.text(p["hard"].x[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: splits
+
+
+@pytest.mark.parametrize("side, most, least", [(6, 0, 1), (9, 4, 5)])
+def test_easy_and_hard_boards_are_rated_as_they_are_called(side, most, least):
+    chunk = data.Sudoku(side=side).chunk(3, 0, n=512)
+    assert chunk["easy"].rating.max() == most
+    assert chunk["hard"].rating.min() in (least, least + 1)
+
+
+def test_easy_and_hard_4x4_boards_have_other_numbers_of_clues(cache):
+    s = data.splits(SUDOKU[4], 3, 99, 9, 9, 99, cache=cache)
+    clues = {name: set((p.x > 0).sum(1)) for name, p in s.items()}
+    assert clues["train"] == {7, 8, 9, 10}
+    assert clues["hard"] == {4, 5}
+
+
+GROWING = {
+    "4x4": (SUDOKU[4], (400, 20, 20, 110)), "6x6": (SUDOKU[6], (180, 12, 12, 10)),
+    "bits": (BITS, (1500, 70, 70, 200)), "file": (CHESS, (25, 2, 1, 10)),
+    "two files": (SUDOKU[9], (12, 0, 9, 3)),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_to_ask_for_more_moves_nothing_between_splits(name, tmp_path, cache):
+    task, large = GROWING[name]
+    path = {"file": many_mates, "two files": two_files}.get(name, lambda folder: None)(tmp_path)
+    small = [n // 9 for n in large]
+    before = data.splits(task, 5, *small, path, cache)
+
+    for grown in range(4):
+        numbers = [large[i] if i == grown else small[i] for i in range(4)]
+        after = data.splits(task, 5, *numbers, path, cache)
+        for split, n in zip(before, small, strict=True):
+            assert same(before[split], after[split][:n])
+
+    # all that is trained on in one request is tested on in none
+    after = data.splits(task, 5, *large, path, cache)
+    keys = [set(rows(task.keys(p.x, p.y))) for p in after.values()]
+    assert sum(map(len, keys)) == len(set.union(*keys)) == sum(large)
+
+
+def test_a_longer_file_only_appends(tmp_path):
+    path = Path(many_mates(tmp_path))
+    lines = path.read_text().splitlines()
+    short = write_rows(tmp_path / "short.csv", *lines[:25])
+    before = data.splits(CHESS, 0, 8, 1, 0, 3, short)
+    after = data.splits(CHESS, 0, 16, 2, 1, 8, str(path))
+    assert all(same(before[k], after[k][: len(before[k])]) for k in before)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7])
+def test_a_small_population_is_refused_with_what_there_is(bits, tmp_path):
+    task = replace(BITS, bits=bits)
+    with pytest.raises(data.UserError, match="500 train puzzles asked for.*only ") as refusal:
+        data.splits(task, 0, 500, 0, 0, 0, cache=tmp_path)
+    _, _, said = str(refusal.value).partition(" only ")
+    there = {split: int(n) for n, split in re.findall(r"(\d+) (train|val|easy)", said)}
+    assert sum(there.values()) == 2**bits
+
+    # the control: just as many can be had
+    s = data.splits(task, 0, *there.values(), 0, cache=tmp_path)
+    everything = [row for p in s.values() for row in rows(p.x)]
+    assert len(set(everything)) == 2**bits
+
+
+def test_many_small_chunks_are_no_reason_to_give_up(tmp_path):
+    def chunk(self, seed, index):
+        x = np.random.default_rng((seed, index)).integers(0, 2, (4, 8), np.uint8)
+        p = data.Puzzles(x, 1 - x, x.sum(1))
+        return {"easy": p, "hard": p[:0]}
+
+    task = dataclass(frozen=True)(toy(chunk=chunk))()
+    assert len(data.splits(task, 0, 150, 0, 0, 0, cache=tmp_path)["train"]) == 150
+
+
+def test_long_strings_are_not_made_of_the_short_ones():
+    chunk = BITS.chunk(0, 0)
+    easy = chunk["easy"].x[:16, 1:].ravel()
+    hard = chunk["hard"].x[0, 1:]
+    assert len(easy) == len(hard) and 150 < (easy != hard).sum() < 362
+
+
+def test_the_split_of_a_puzzle_never_changes():
+    # of another hash, training puzzles of old checkpoints would be in the tests: the SHA-256 of the
+    # bytes 1 0 1 begins with 85
+    assert data.bucket(np.array([1, 0, 1], np.uint8)) == 0x85 % 16
+
+
+def test_a_sixteenth_of_the_easy_puzzles_is_val_and_another_is_the_test():
+    x = np.random.default_rng(0).integers(0, 2, (8000, 32), np.uint8)
+    split = [data.split_of("easy", row) for row in x]
+    # 500 are expected in each, with a standard deviation of 22
+    assert abs(split.count("val") - 500) < 110 and abs(split.count("easy") - 500) < 110
+    assert split.count("train") == 8000 - split.count("val") - split.count("easy")
+
+    # the first of two files trains and validates, the second tests, and hard ones are tests only
+    assert {data.split_of("easy", row, "train") for row in x} == {"train", "val", None}
+    assert {data.split_of("easy", row, "test") for row in x} == {"easy"}
+    assert {data.split_of("hard", row) for row in x} == {"hard"}
+    assert {data.split_of("hard", row, "train") for row in x} == {None}
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: prefix sums
+
+
+def test_prefix_sums_are_cumsums_after_a_start_token(made):
+    for level, p in made["bits"].items():
+        assert (p.x[:, 1:].astype(int).cumsum(1) % 2 == p.y[:, 1:]).all()
+        assert (p.x[:, 0] == 2).all() and (p.y[:, 0] == 0).all()
+        assert p.x.shape[1] == (513 if level == "hard" else 33)
+        assert (BITS.scored(p.x).sum(1) == p.x.shape[1] - 1).all()
+    relative = data.splits(replace(BITS, positions="relative"), 2, 6, 1, 1, 2)
+    assert (relative["train"].x == made["bits"]["train"].x[:, 1:]).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: sudoku
+
+
+def peers(i, side):
+    height, width = BOX[side]
+    row, column = divmod(i, side)
+    box = (row // height, column // width)
+    return [
+        j for j in range(side * side)
+        if j // side == row or j % side == column or (j // side // height, j % side // width) == box
+    ]
+
+
+PEERS = {(side, i): peers(i, side) for side in BOX for i in range(side * side)}
+
+
+def solutions(board, side):
+    """Up to two full boards, by plain backtracking."""
+    options = {
+        i: set(range(1, side + 1)) - {board[j] for j in PEERS[side, i]}
+        for i, digit in enumerate(board) if not digit
+    }
+    if not options:
+        return [tuple(board)]
+    i = min(options, key=lambda i: len(options[i]))
+    found = []
+    for digit in options[i]:
+        if len(found) < 2:
+            found += solutions(board[:i] + [digit] + board[i + 1 :], side)
+    return found[:2]
+
+
+@pytest.mark.parametrize("side", BOX)
+def test_sudoku_has_one_solution_also_after_augmentation(made, side):
+    p = made[side]["hard"]
+    x = torch.tensor(p.x)
+    y = torch.tensor(p.y)
+    x2, y2 = SUDOKU[side].augment(x, y, torch.Generator().manual_seed(5))
+    assert side == 4 or (x2 != x).any(1).all()
+    assert ((x2 > 0).sum(1) == (x > 0).sum(1)).all()
+
+    for boards, labels in ((x, y), (x2, y2)):
+        for board, label in zip(boards.tolist(), labels.tolist(), strict=True):
+            assert solutions(board, side) == [tuple(label)]
+            board[next(i for i, digit in enumerate(board) if digit)] = 0
+            assert len(solutions(board, side)) == 2  # the control: one clue less
+
+
+@pytest.mark.parametrize("side", BOX)
+def test_each_board_gets_a_symmetry_of_its_own_and_every_kind_occurs(made, side):
+    task = SUDOKU[side]
+    y = torch.tensor(made[side]["hard"].y[:1]).repeat(400, 1)
+    a, _ = task.rename(y, torch.Generator().manual_seed(1))
+    assert len(set(rows(a.numpy()))) > (100 if side == 4 else 300)  # 4x4 has 288 grids
+
+    # rows and columns are permuted, and half of the boards transposed where boxes are square
+    cell, _ = task.symmetry(400, "cpu", torch.Generator().manual_seed(1))
+    assert len((cell[:, 0] // side).unique()) == len((cell[:, 0] % side).unique()) == side
+    first_two_in_one_row = (cell[:, 0] // side == cell[:, 1] // side).double().mean()
+    assert first_two_in_one_row == 1 if side == 6 else abs(first_two_in_one_row - 0.5) < 0.1
+
+    # every digit goes everywhere, blanks stay blank
+    for cell in range(side * side):
+        assert len(a[:, cell].unique()) == side
+    blank = torch.zeros_like(y)
+    assert not task.rename(blank, torch.Generator())[0].any()
+
+    # augmentation draws from the same symmetries
+    b, _ = task.augment(y, y, torch.Generator().manual_seed(1))
+    assert torch.equal(b, y if side == 4 else a)
+
+
+@pytest.mark.parametrize("side", BOX)
+def test_logits_of_renamed_puzzles_come_back(made, side):
+    task = SUDOKU[side]
+    p = made[side]["train"]
+    x = torch.tensor(p.x).long()
+    y = torch.tensor(p.y).long()
+    x2, undo = task.rename(x, torch.Generator().manual_seed(2))
+
+    def labels_of(boards):
+        return undo(give_marks(boards, task.classes)).argmax(-1)
+    assert (x2 != x).any(1).all()
+    assert torch.equal(labels_of(x2), x)
+
+    # whoever solves the renamed puzzles has solved these
+    y2 = torch.tensor([solutions(board, side)[0] for board in x2.tolist()])
+    assert torch.equal(labels_of(y2), y)
+    assert not torch.equal(y2, y)
+
+
+def test_rating_counts_guesses_and_two_solutions_are_found():
+    full = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
+    given = (1 << full - 1).astype(np.uint16)[:, None]
+    blank = np.isin(np.arange(16), (0, 1, 8, 9))[:, None]
+    open_cells = np.where(blank, 3, given).astype(np.uint16)
+
+    # 1 and 2 can be swapped in four cells: one branch of two
+    found, _, tried = data.solve(open_cells, (2, 2))
+    assert (found, tried) == (2, 2)
+    found, _, _ = data.solve(open_cells, (2, 2), limit=1)
+    assert found == 1
+
+    found, solution, tried = data.solve(given, (2, 2))
+    assert (found, tried) == (1, 0) and (np.log2(solution[:, 0]) + 1 == full).all()
+    clash = given.copy()
+    clash[1] = clash[0]
+    assert data.solve(clash, (2, 2))[0] == 0
+
+
+def test_a_digit_twice_in_a_unit_is_a_contradiction_at_once():
+    # on an open 9x9 board nothing else tells so soon
+    board = np.full((81, 4), 511, np.uint16)
+    pairs = [(0, 3), (0, 27), (0, 10), (0, 13)]  # in a row, a column, a box; control: in none
+    for i, cells in enumerate(pairs):
+        board[list(cells), i] = 1
+    _, bad = data.deduce(board, (3, 3))
+    assert bad.tolist() == [True, True, True, False]
+
+
+def test_full_boards_are_random_in_every_digit():
+    # 400 boards: a digit in the first cell 100 times, with a standard deviation of 8.7
+    grid = data.solved_grids(np.random.default_rng(0), 400, (2, 2))
+    digits = SUDOKU[4].digits(grid)
+    for cell in (0, 6, 15):
+        counts = np.bincount(digits[:, cell], minlength=5)[1:]
+        assert (abs(counts - 100) < 50).all(), counts
+    assert len({row.tobytes() for row in digits}) > 150  # of 288
+
+
+def test_a_chunk_with_a_board_of_two_solutions_is_stopped(monkeypatch):
+    def careless(rng, grid, box, keep):
+        puzzle = grid.copy()
+        puzzle[:8] = 15
+        return puzzle
+
+    monkeypatch.setattr(data, "remove_clues", careless)
+    with pytest.raises(AssertionError, match="not exactly one solution"):
+        SUDOKU[4].chunk(0, 0, n=16)
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: chess
+
+
+def decode(x):
+    board = chess.Board(None)
+    pieces = {i: chess.Piece((token - 1) % 6 + 1, token < 7) for i, token in enumerate(x) if token}
+    board.set_piece_map(pieces)
+    return board
+
+
+def forced(board, depth):
+    """(from, to) of the moves that mate within `depth` moves, by trying everything."""
+    pairs = set()
+    for move in list(board.legal_moves):
+        board.push(move)
+        works = board.is_checkmate()
+        if depth > 1 and not works and any(board.legal_moves):
+            works = True
+            for reply in list(board.legal_moves):
+                board.push(reply)
+                works = works and bool(forced(board, depth - 1))
+                board.pop()
+        board.pop()
+        if works:
+            pairs.add((move.from_square, move.to_square))
+    return pairs
+
+
+def marked(y):
+    return int(np.flatnonzero(y == 1)[0]), int(np.flatnonzero(y == 2)[0])
+
+
+def test_chess_puzzles_have_one_solving_move_of_the_depth_they_are_rated():
+    chunk = CHESS.chunk(7, 0, 6, 1)
+    assert (len(chunk["easy"]), len(chunk["hard"])) == (6, 1)
+    for depth, p in ((1, chunk["easy"]), (2, chunk["hard"])):
+        assert (p.rating == depth).all()
+        for x, y in zip(p.x.tolist(), p.y, strict=True):
+            board = decode(x)
+            assert board.is_valid() and chess.square_file(board.king(True)) >= 4
+            assert forced(board, depth) == {marked(y)}
+            assert depth == 1 or not forced(board, 1)
+
+
+@pytest.mark.parametrize("chunk", [BITS.chunk, SUDOKU[4].chunk,
+                                   lambda seed, index: CHESS.chunk(seed, index, 3, 0)])
+def test_a_chunk_depends_on_seed_and_index_alone(chunk):
+    # 1, 10 and 11, 0: digits must not run together, nor be added up
+    places = [(0, 0), (0, 1), (1, 0), (1, 10), (11, 0)]
+    chunks = [chunk(*place)["easy"].x[:20] for place in places]
+    assert np.array_equal(chunk(0, 0)["easy"].x[:20], chunks[0])
+    for first, second in itertools.combinations(chunks, 2):
+        assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "fen",
+    [
+        "7k/P7/6K1/8/8/8/8/8 w - - 0 1",  # a promotion mates, to queen or rook
+        "k7/2K5/8/1N6/8/8/6P1/7B w - - 0 1",  # a pawn that uncovers a bishop
+        "7k/6pp/8/8/8/8/8/R5K1 w - - 0 1",  # on the back rank
+        "4k3/8/8/8/4N3/8/8/4R1K1 w - - 0 1",  # discovered checks
+        "8/8/8/2k5/3Pp3/8/8/B3K2R b - d3 0 1",  # en passant
+        "7k/8/5KQ1/8/8/8/8/8 w - - 0 1",  # mates, and stalemates that are none
+        "8/8/3k4/8/2P1P3/8/8/4K3 w - - 0 1",  # two pawns of White's can check
+        "4k3/8/8/2p1p3/8/3K4/8/8 b - - 0 1",  # and two of Black's
+    ],
+)
+def test_checks_are_all_moves_that_give_check_but_castling(fen):
+    board = chess.Board(fen)
+    kept = set(data.maybe_checks(board))
+    plain = {m for m in board.legal_moves if board.gives_check(m) and not board.is_castling(m)}
+    assert plain <= kept <= set(board.pseudo_legal_moves)
+    assert {(m.from_square, m.to_square) for m in data.solutions(board, 1)} == forced(board, 1)
+
+
+def test_random_positions_have_the_mates_that_trying_everything_finds():
+    rng = random.Random(3)
+    boards = [board for _ in range(60) for board in data.placement(rng)]
+    boards += list(data.game(rng))[::9]
+    counts = []
+    for board in boards:
+        pairs = [(m.from_square, m.to_square) for m in data.solutions(board, 1)]
+        assert set(pairs) == forced(board, 1)
+        counts.append(len(pairs))
+    assert len(boards) > 20 and sum(counts) > 0
+
+
+def test_after_stalemate_there_is_no_mate_in_two():
+    stalemate = chess.Board("7k/8/6Q1/8/8/8/8/K7 b - - 0 1")
+    stuck = chess.Board("7k/8/5K2/8/8/8/8/6Q1 w - - 0 1")
+    assert data.loses(stalemate, 1, []) is False
+    pairs = {(m.from_square, m.to_square) for m in data.solutions(stuck, 2)}
+    assert pairs == forced(stuck, 2) - forced(stuck, 1)
+
+
+def test_a_position_with_a_mate_in_one_is_passed_over_where_two_are_asked_for(monkeypatch):
+    first, second = chess.Board(), chess.Board()
+    mate = chess.Move.from_uci("e2e4")
+
+    def solutions(board, depth):
+        """Both have a mate in two, the first also one in one."""
+        return iter([] if board is second and depth == 1 else [mate])
+
+    monkeypatch.setattr(data, "solutions", solutions)
+    boards = [first, second]
+    assert data.position(None, lambda rng: iter(boards), 2)[0] is second
+    assert data.position(None, lambda rng: iter(boards), 1)[0] is first  # control
+
+
+def test_games_are_some_moves_old_and_placements_have_armies_of_the_sizes_they_say():
+    games = [b.copy() for seed in range(3) for b in data.game(random.Random(seed))]
+    placed = [b for seed in range(300) for b in data.placement(random.Random(seed))]
+    # no position has a right that is not encoded
+    for board in games + placed:
+        assert board.is_valid() and board.ep_square is None and board.castling_rights == 0
+    assert min(len(board.move_stack) for board in games) == 10
+
+    white = []
+    black = []
+    for board in placed:
+        assert board.turn and not board.pawns & chess.BB_BACKRANKS
+        pieces = list(board.piece_map().values())
+        white.append(sum(piece.color for piece in pieces))
+        black.append(len(pieces) - white[-1])
+    # a pawn that falls on the first or last rank is left out
+    assert 1 <= min(white) < 9 and max(white) == 11
+    assert 1 <= min(black) < 4 and max(black) == 9
+
+
+def test_promotions_count_as_one_move():
+    board = chess.Board("7k/P7/6K1/8/8/8/8/8 w - - 0 1")
+    x, y = CHESS.parse(board.fen())
+    assert marked(y) == (chess.A7, chess.A8)
+    verdict = CHESS.verdict(board.fen(), y)
+    assert verdict.startswith("a8=") and verdict.endswith("legal, mate")
+
+
+def test_two_pieces_that_mate_on_one_square_are_two_answers():
+    both = chess.Board("6k1/5ppp/8/8/8/8/8/R3K2Q w - - 0 1")
+    assert forced(both, 1) == {(chess.A1, chess.A8), (chess.H1, chess.A8)}
+    assert not data.one_pair(data.solutions(both, 1))
+    _, y = CHESS.parse(both.fen())
+    assert y is None
+
+    # controls: one piece alone, and two squares that one piece mates from
+    rook = chess.Board("6k1/5ppp/8/8/8/8/8/R3K3 w - - 0 1")
+    assert data.one_pair(data.solutions(rook, 1))
+    queen = chess.Board("k7/8/1K6/8/8/8/8/7Q w - - 0 1")
+    assert len(forced(queen, 1)) > 1 and not data.one_pair(data.solutions(queen, 1))
+
+
+def test_chess_is_seen_by_the_side_to_move():
+    rng = random.Random(0)
+    board = chess.Board()
+    for _ in range(60):
+        x = data.encode(board)
+        assert (data.encode(board.mirror()) == x).all() and np.flatnonzero(x == 6) % 8 > 3
+        for move in rng.sample(list(board.legal_moves), min(3, board.legal_moves.count())):
+            y = CHESS.label(board, move)
+            start, _ = marked(y)
+            assert f"({move.uci()[:4]}" in CHESS.verdict(board.fen(), y)
+            assert decode(x.tolist()).piece_at(start).color == chess.WHITE
+            assert decode(x.tolist()).piece_type_at(start) == board.piece_type_at(move.from_square)
+        board.push(rng.choice(list(board.legal_moves)))
+        if not any(board.legal_moves):
+            board = chess.Board()
+
+
+def test_the_two_kinds_of_marks_say_the_same_squares():
+    board = chess.Board()
+    move = chess.Move.from_uci("g1f3")
+    y = CHESS.label(board, move)
+    assert marked(y) == (chess.G1, chess.F3) and (y > 0).sum() == 2
+    assert (SQUARES.label(board, move) == (y > 0)).all()
+    assert (CHESS.classes, SQUARES.classes) == (3, 2)
+
+
+def test_chess_predicts_the_largest_marks_one_of_each():
+    logits = torch.randn(50, 64, 3)
+    logits[0] = 0
+    logits[0, 7] = torch.tensor([0.0, 5.0, 9.0])  # largest as from and as to
+    logits[0, 8] = torch.tensor([-1.0, 3.0, 4.0])
+    logits[0, 9] = torch.tensor([4.0, 8.0, 7.0])  # large, but so is "nothing"
+    logits[1, :, 0] += 20  # "nothing" is likelier everywhere
+    y = CHESS.predict(logits)
+    assert marked(y[0].numpy()) == (7, 8)
+
+    for board, labels in zip(logits.numpy(), y.numpy(), strict=True):
+        start = np.argmax(board[:, 1] - board[:, 0])
+        reached = board[:, 2] - board[:, 0]
+        reached[start] = -99
+        assert marked(labels) == (start, np.argmax(reached)) and (labels > 0).sum() == 2
+
+
+def test_with_squares_it_predicts_the_two_largest():
+    logits = torch.randn(50, 64, 2)
+    y = SQUARES.predict(logits).numpy()
+    mark = (logits[..., 1] - logits[..., 0]).numpy()
+    for board, labels in zip(mark, y, strict=True):
+        assert set(np.flatnonzero(labels)) == set(np.argsort(board)[-2:])
+
+
+@pytest.mark.parametrize("task", [CHESS, SQUARES])
+def test_an_answer_says_whether_a_move_is_legal_and_mates(task):
+    fen = "7k/8/5KQ1/8/8/8/8/8 w - - 0 1"
+    board = chess.Board(fen)
+    for move, words in (
+        ("g6g7", "Qg7# (g6g7): legal, mate"), ("g6g1", "Qg1 (g6g1): legal, no mate at once"),
+        ("g6h8", "g6-h8: no legal move"), ("a1a2", "a1-a2: no legal move"),
+    ):
+        assert task.verdict(fen, task.label(board, chess.Move.from_uci(move))) == words
+
+
+def test_a_verdict_counts_what_is_asked_for_and_what_was_changed_beside():
+    _, y = SUDOKU[4].parse(QUESTION)
+    assert SUDOKU[4].verdict(QUESTION, y) == "solved"
+    assert QUESTION.count(".") == 10
+    y[1] = 5 - y[1]                         # a blank
+    assert SUDOKU[4].verdict(QUESTION, y) == "1 of 10 are wrong"
+    y[0] = 5 - y[0]                         # a clue
+    assert SUDOKU[4].verdict(QUESTION, y) == "2 of 11 are wrong"
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: text
+
+
+@pytest.mark.parametrize(
+    "task, text, message",
+    [
+        (9, "." * 81, "no clues"), (9, "1" + "." * 80, "several"),
+        (9, "11" + "." * 79, "no solution"), (9, "1", "1 characters"), (4, "x" * 16, "'x'"),
+        (4, "9" + "." * 15, "'9'"), ("bits", "012", "'2'"), ("bits", "", "0 bits"),
+        ("chess", "hello", "8 rows"), ("chess", "8/" * 7 + "8", "legal"), ("chess", "", "FEN|fen"),
+        ("chess", "7k/5Q2/6K1/8/8/8/8/8 b - - 0 1", "game is over"),
+    ],
+)
+def test_typed_puzzles_that_are_none(task, text, message):
+    with pytest.raises(data.UserError, match=message) as refusal:
+        TASK[task].parse(text)
+    assert "\n" not in str(refusal.value)
+
+
+def symbols_of(picture):
+    """What is left of a picture without marks, rules and spaces: of a string all bits, then all
+    sums, since a marked one is in shorter lines."""
+    lines = sorted(picture.split("\n"), key=lambda line: line.startswith("sums"))
+    return re.sub(r"[-+<>\s]|bits|sums", "", "".join(lines))
+
+
+@pytest.mark.parametrize("key", TASK)
+def test_typed_puzzles_round_trip(made, key):
+    task = TASK[key]
+    x = made[key]["easy"].x[0]
+    y = made[key]["easy"].y[0]
+    again, solution = task.parse(f" {task.text(x)}\n")
+    assert (again == x).all() and (solution == y).all()
+
+    picture = task.show(x, y, lambda i, text: f"<{text}>")
+    assert picture.count("<") == {"chess": 2, "squares": 2, "bits": 32}.get(key, (x == 0).sum())
+    assert symbols_of(picture) == symbols_of(task.show(x, y)) != symbols_of(task.show(x))
+    assert picture.isascii()
+    assert ("mate" if key in ("chess", "squares") else "solved") in task.verdict(task.text(x), y)
+    assert task.verdict(task.text(x), y[::-1]) != task.verdict(task.text(x), y)
+
+
+def test_the_examples_in_the_docstrings_are_right():
+    x, y = BITS.parse("1101")
+    assert x.tolist() == [2, 1, 1, 0, 1] and y.tolist() == [0, 1, 0, 0, 1]
+    x, y = SUDOKU[4].parse("1.3. .4.. 2..3 ..2.")
+    assert "".join(map(str, x)) == "1030040020030020" and "".join(map(str, y)) == ANSWER
+
+    x, y = CHESS.parse("7k/8/5KQ1/8/8/8/8/8 w - - 0 1")
+    assert {chess.square_name(i): x[i] for i in np.flatnonzero(x)} == {"f6": 6, "g6": 5, "h8": 12}
+    assert {chess.square_name(i): y[i] for i in np.flatnonzero(y)} == {"g6": 1, "g7": 2}
+
+
+def test_pictures_show_boxes_and_brackets():
+    x, y = SUDOKU[4].parse(QUESTION)
+    assert SUDOKU[4].show(x).splitlines()[0] == "1 . | 3 ."
+    assert SUDOKU[4].show(x).splitlines()[2] == "----+----"
+    assert SUDOKU[4].show(x, y).splitlines()[4] == "4 3 | 2 1"
+    fen = "7k/8/5KQ1/8/8/8/8/8 w - - 0 1"
+    picture = CHESS.show(*CHESS.parse(fen)).splitlines()
+    assert picture[0].split() == [".", ".", ".", ".", ".", ".", ".", "k"]
+    assert picture[1].split()[6] == "[.]" and picture[2].split()[6] == "(Q)"
+    assert BITS.show(*BITS.parse("1101")) == "bits  1101\nsums  1001"
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: files
+
+
+@pytest.mark.parametrize("opener, suffix", [(open, ""), (gzip.open, ".gz")])
+def test_lichess_files_are_read(tmp_path, opener, suffix):
+    lines = Path(many_mates(tmp_path)).read_text().splitlines()
+    path = write_rows(tmp_path / f"p.csv{suffix}", *lines, *HARD, opener=opener)
+    s = data.splits(CHESS, 0, 20, 2, 1, 20, path, tmp_path)
+    assert all(marked(y) == (chess.H5, chess.F7) for p in s.values() for y in p.y)
+    assert all(len(p) for p in s.values())
+    assert set(s["train"].rating) == {1500} and set(s["hard"].rating) == {1700}
+
+    # 2,000 is hard, 2,001 is too hard
+    few = write_rows(tmp_path / "few.csv", HEADER["chess"], *HARD)
+    assert data.splits(CHESS, 0, 0, 0, 0, 2, few)["hard"].rating.tolist() == [1601, 2000]
+    with pytest.raises(data.UserError, match="few.csv has only 0 train, .* 2 hard"):
+        data.splits(CHESS, 0, 0, 0, 0, 3, few)
+
+
+@pytest.mark.parametrize(
+    "name, row, reason",
+    [
+        ("chess", f"x,{FEN},a7a6 h5h8,1500", "illegal"),
+        ("chess", f"x,{FEN},a7a6,1500", "two moves"), ("chess", "x,8/8/8,a1a2 a3a4,1500", "rows"),
+        ("chess", f"x,{FEN},0000 a7a6,1500", "two moves"),
+        ("chess", f"x,{FEN},a7a6 h5f7,high", "'high'"),
+        ("chess", f"x,{'8/' * 7}8,a1a2 a2a3,9", "legal"),
+        ("chess", f"x,{FEN},a7a6 h5f7,{'9' * 30}", "not a whole number below"),
+        ("chess", f"x,{FEN},a7a6 h5f7,-5", "not a whole number below"),
+        ("chess", f'x,"{FEN},a7a6,1', "quote"), ("chess", f"x,{FEN}", "2 fields"),
+        ("chess", f"x,{FEN},a7a6 h5f7,1500,", "5 fields"),
+        ("sudoku", f"s,{QUESTION}.,{ANSWER},0", "17 char"),
+        ("sudoku", f"s,{QUESTION},{ANSWER[:-1]}x,0", "'x'"),
+        ("sudoku", f"s,2{QUESTION[1:]},{ANSWER},0", "no solution|not the solution"),
+        ("sudoku", f"s,{QUESTION},{ANSWER[:-2]}12,0", "not the solution"),
+        ("sudoku", f"s,{QUESTION},{ANSWER[:-1]}.,0", "not the solution"),
+        ("sudoku", f"s,{QUESTION},{ANSWER},", "rating ''"),
+        ("sudoku", f"s,{'.' * 16},{ANSWER},0", "no clues"),
+        ("sudoku", f"s,1{'.' * 15},{ANSWER},0", "several solutions"),
+        ("sudoku", f"s,11{'.' * 14},{ANSWER},0", "no solution"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_line_and_reason(tmp_path, name, row, reason):
+    task = TASK.get(name, SUDOKU[4])
+    good = HARD[:1] if name == "chess" else [f"s,{QUESTION},{ANSWER},0"]
+    path = write_rows(tmp_path / "p.csv", HEADER[name], *good, row, *good)
+    with pytest.raises(data.UserError, match=f"p.csv line 3: .*({reason})") as refusal:
+        data.splits(task, 0, 50, 0, 0, 0, path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    lines = ["FEN,Moves,Rating"] + [line.removeprefix("b,") for line in HARD]
+    path = tmp_path / "p.csv"
+    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbfFEN")
+    assert len(data.splits(CHESS, 0, 0, 0, 0, 2, str(path))["hard"]) == 2
+
+
+def test_unusable_files_are_named(tmp_path, monkeypatch):
+    packed = gzip.compress("\n".join([HEADER["chess"], *HARD]).encode())
+    (tmp_path / "cut.csv.gz").write_bytes(packed[:-20])
+    (tmp_path / "p.csv.zst").write_bytes(b"")
+    write_rows(tmp_path / "column.csv", "PuzzleId,FEN,Moves", *HARD)
+    write_rows(tmp_path / "rows.csv", HEADER["sudoku"])
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    for task, name, reason in (
+        (CHESS, "cut.csv.gz", "cannot be read"), (CHESS, "p.csv.zst", "pip install zstandard"),
+        (CHESS, "column.csv", "line 1: no column 'Rating'"), (CHESS, "none.csv", "No such fi"),
+        (CHESS, ".", "directory"), (SUDOKU[9], "rows.csv", "no rows"),
+    ):
+        with pytest.raises(data.UserError, match=f"{name}.*{reason}"):
+            data.splits(task, 0, 4, 0, 0, 0, str(tmp_path / name))
+
+
+@pytest.mark.parametrize("path", ["", ",", "a.csv,", "a,b,c"])
+def test_empty_and_surplus_file_names_are_refused(path):
+    with pytest.raises(data.UserError, match="must be FILE or TRAIN,TEST"):
+        data.splits(CHESS, 0, 1, 0, 0, 0, path)
+    with pytest.raises(data.UserError, match="reads no files"):
+        data.splits(BITS, 0, 1, 0, 0, 0, path)
+
+
+def nine_grids():
+    """Grids of 9x9 sudoku, each with an easily solved puzzle."""
+    shifts = [3 * (r % 3) + r // 3 + c for r in range(9) for c in range(9)]
+    grids = []
+    for swap in range(40):
+        digits = list("123456789")
+        random.Random(swap).shuffle(digits)
+        grids.append("".join(digits[i % 9] for i in shifts))
+    return grids
+
+
+def two_files(folder):
+    """25 boards for training, and 20 for the test, five of which are among the first."""
+    lines = [f"s,{'.' * 9}{g[9:]},{g},{k % 5}" for k, g in enumerate(nine_grids())]
+    train = write_rows(folder / "train.csv", HEADER["sudoku"], *lines[:25])
+    test = write_rows(folder / "test.csv", HEADER["sudoku"], *lines[20:])
+    return f"{train},{test}"
+
+
+def test_the_second_file_is_for_the_tests_and_shares_no_grid_with_the_first(tmp_path):
+    grids = nine_grids()
+    easy = [f"s,{g[:72]}{'.' * 9},{g},{k % 5}" for k, g in enumerate(grids)]
+    other = [f"s,{'.' * 9}{g[9:]},{g},{k % 5}" for k, g in enumerate(grids)]
+    train = write_rows(tmp_path / "train.csv", HEADER["sudoku"], *easy[:25])
+    test = write_rows(tmp_path / "test.csv", HEADER["sudoku"], *other)
+    new = {g for g in grids[25:]}
+
+    s = data.splits(SUDOKU[9], 0, 10, 0, 5, 3, f"{train},{test}")
+
+    assert s["train"].rating.max() == 3 and (s["hard"].rating == 4).all()
+    for level in ("easy", "hard"):
+        assert {"".join(map(str, y)) for y in s[level].y} <= new
+    assert {"".join(map(str, y)) for y in s["train"].y} <= set(grids[:25])
+    assert data.describe_levels(SUDOKU[9], f"{train},{test}") == {
+        "easy": f"rated below 4 in {train}", "hard": "rated 4 and more",
+    }
+
+
+@pytest.mark.parametrize(
+    "ratings, cut",
+    [(range(10), 8), ([0] * 9 + [2], 1), ([2, 2, 4, 4], 4), ([1] * 7 + [2, 3, 4], 3), ([5], 6)],
+)
+def test_the_hardest_fifth_of_a_file_is_hard_but_never_all(tmp_path, ratings, cut):
+    lines = [f"s,{QUESTION},{ANSWER},{rating}" for rating in ratings]
+    path = write_rows(tmp_path / "p.csv", HEADER["sudoku"], *lines)
+    assert data.rating_limits(SUDOKU[4], path) == (cut, np.inf)
+
+
+def test_long_strings_are_shown_64_to_a_line():
+    x, y = BITS.parse("1" * 70)
+    lines = BITS.show(x, y).split("\n")
+    assert lines == ["bits  " + "1" * 64, "sums  " + "10" * 32, "bits  111111", "sums  101010"]
+    assert BITS.show(x).split("\n") == lines[::2]
+
+    # with marks half as many, and each bit above its sum
+    lines = BITS.show(x, y, lambda i, text: text + "+").split("\n")
+    assert lines[:2] == ["bits  " + " ".join("1" * 32), "sums  " + "1+0+" * 16]
+    assert len(lines) == 6
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: cache and processes
+
+
+def test_the_number_of_cores_and_the_cache_change_nothing(tmp_path, monkeypatch):
+    def make(folder, n):
+        return data.splits(SUDOKU[4], 1, n, 5, 5, 5, cache=tmp_path / folder)
+
+    once = make("a", 300)
+    make("b", 10)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1), raising=False)
+    assert same(once, make("b", 300))
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_chunks_made_on_all_cores_come_in_order_and_none_is_left_out(cores, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    stream = data.parallel(abs, 3)
+    assert [next(stream) for _ in range(20)] == list(range(3, 23))
+    stream.close()
+
+
+def test_a_cache_is_for_one_seed_one_set_of_options_and_one_code(tmp_path, monkeypatch):
+    def make(task, seed):
+        return data.splits(task, seed, 9, 1, 1, 1, cache=tmp_path)
+
+    def files():
+        return {path for path in tmp_path.rglob("*.npz")}
+
+    first = make(SUDOKU[4], 0)
+    known = files()
+    assert same(first, make(SUDOKU[4], 0)) and files() == known
+
+    assert not same(first, make(SUDOKU[4], 1)) and len(files()) == 2
+    make(SUDOKU[6], 0)
+    assert len(files()) == 3
+    monkeypatch.setattr(data, "code_hash", lambda: "0" * 12)
+    make(SUDOKU[4], 0)
+    assert len(files()) == 4
+
+
+def test_a_cache_serves_what_it_holds_and_a_damaged_one_is_made_again(
+    tmp_path, capsys, monkeypatch
+):
+    def make():
+        return data.splits(SUDOKU[4], 0, 20, 1, 1, 1, cache=tmp_path)
+
+    first = make()
+    (file,) = tmp_path.rglob("*.npz")
+    whole = file.read_bytes()
+    np.savez(tmp_path / "other", x=[1])
+    for content in (whole[:-300], b"", b"PK no zip", (tmp_path / "other.npz").read_bytes()):
+        file.write_bytes(content)
+        assert same(first, make()) and f"{file}: " in capsys.readouterr().err
+
+    # the control: a whole one is used, in silence
+    monkeypatch.setattr(data.Sudoku, "chunk", None)
+    assert same(first, make()) and capsys.readouterr().err == ""
+
+
+def test_a_full_disk_costs_the_cache_only(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    s = data.splits(SUDOKU[4], 0, 3, 1, 1, 1, cache=tmp_path / "file" / "cache")
+    assert len(s["train"]) == 3 and "cannot be kept" in capsys.readouterr().err
+
+
+def test_of_two_processes_that_write_one_file_neither_sees_the_others_half(tmp_path, monkeypatch):
+    file = tmp_path / "f"
+    write = Path.write_bytes
+
+    def overtaken(self, content):
+        """Write a part, then let another process write all of its own, then write the rest."""
+        write(self, content[:1])
+        monkeypatch.setattr(Path, "write_bytes", write)
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        data.write_atomic(file, b"theirs")
+        assert file.read_bytes() == b"theirs"
+        with open(self, "ab") as rest:
+            rest.write(content[1:])
+
+    monkeypatch.setattr(Path, "write_bytes", overtaken)
+    data.write_atomic(file, b"ours")
+    assert file.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [file]
+
+
+def test_the_clock_and_the_time_left(capsys, monkeypatch):
+    now = iter([0, 10, 20, 21, 40, 41])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    report = data.progress("work")
+    for done in (1, 25, 26, 50, 100):
+        report(done, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["work: 25 of 100, 1:00 left", "work: 50 of 100, 0:40 left",
+                     "work: 100 of 100, 0:00 left"]         # the last one, however soon
+    assert data.clock(3725.9) == "62:05"
+
+
+def test_work_that_is_done_soon_shows_no_progress(capsys):
+    report = data.progress("work")
+    for done in (1, 2, 3):
+        report(done, 3)
+    assert capsys.readouterr().err == ""
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py: the command line
+
+
+def data_cli(folder, *args, **options):
+    command = [sys.executable, data.__file__, *map(str, args)]
+    return subprocess.Popen(
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+
+
+def test_two_processes_print_the_same_and_only_ascii(tmp_path):
+    args = ("--task", "chess", "--level", "hard", "--n", 1)
+    runs = [data_cli(tmp_path, *args, env=os.environ | {"PYTHONIOENCODING": "ascii"}) for _ in "ab"]
+    (out, err), (other, _) = (run.communicate() for run in runs)
+    assert out == other and out.isascii() and out.count("rating 2") == 1 and not err
+    assert not any(run.returncode for run in runs)
+
+
+def test_puzzles_of_a_file_are_printed(tmp_path):
+    path = write_rows(tmp_path / "p.csv", HEADER["chess"], *HARD)
+    out, err = data_cli(
+        tmp_path, "--task", "chess", "--files", path, "--level", "hard", "--n", 2
+    ).communicate()
+    assert "rating 1601" in out and "rating 2000" in out and not err
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--task", "go"), "invalid choice: 'go'"),
+        (("--task", "sudoku", "--side", 5), "choose 4, 6"),
+        (("--bits", 0), "--bits 0: must be 1 to"), (("--bits", 512), "differ from --bits"),
+        (("--n", -1), "data.py: --n -1: must"),
+        (("--files", "x"), "no files"), (("--files", ""), "no files"),
+        (("--task", "chess", "--files", ""), "must be FILE"), (("--side", 4), "--side 4"),
+        (("--bits", "999999999999"), "--bits 999999999999: must be"),
+        (("--task", "chess", "--marks", "x"), "choose from_to or squares"),
+        (("--seed", -1), "--seed -1"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(tmp_path, args, message, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = exit_code(data.main, list(map(str, args)))
+    out, err = capsys.readouterr()
+    assert code == 2 and message in err and err.count("\n") == 1 and not out
+
+
+def test_two_tasks_may_have_an_option_of_one_name(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    @dataclass(frozen=True)
+    class Other(toy()):
+        side: int = 3
+
+    monkeypatch.setitem(data.TASKS, "toy", Other())
+    data.main(["--task", "toy", "--side", "7", "--n", "2"])
+    assert capsys.readouterr().out.count("rating") == 2
+
+
+def processes_of(group):
+    """The processes of a group that have not ended."""
+    found = subprocess.run(["ps", "-eo", "pgid,stat,pid"], capture_output=True, text=True).stdout
+    lines = [line.split() for line in found.splitlines()[1:]]
+    return [pid for pgid, state, pid in lines if int(pgid) == group and state[0] != "Z"]
+
+
+@pytest.mark.parametrize(
+    "sign, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)]
+)
+def test_workers_end_with_their_parent_and_what_was_made_is_kept(tmp_path, sign, code):
+    command = ("--task", "sudoku", "--side", 4, "--n", 1000000)
+    run = data_cli(tmp_path, *command, start_new_session=True)
+    until = time.monotonic() + 30
+    while len(list(tmp_path.rglob("*.npz"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(processes_of(run.pid)) > 1
+
+    run.send_signal(sign)
+
+    _, err = run.communicate()
+    assert run.returncode == code
+    assert code < 0 or err.endswith("data.py: stopped\n") and "Traceback" not in err
+    until = time.monotonic() + 10
+    while processes_of(run.pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not processes_of(run.pid)
+    assert len(list(tmp_path.rglob("*.npz"))) >= 2
+
+
+@pytest.mark.parametrize("n", ["3", "5000"])      # it shows at the last flush, or while printing
+def test_a_reader_that_goes_away_ends_the_program_quietly(n):
+    reading, writing = os.pipe()
+    os.close(reading)
+    buffered = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    # data.run, which all programs share
+    ended = subprocess.run([sys.executable, data.__file__, "--n", n], stdout=writing,
+                           stderr=subprocess.PIPE, text=True, env=buffered)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+# --------------------------------------------------------------------------------------------------
+# looped.py: the model
 
 
 def rms_norm(norm, u):
@@ -389,7 +1463,7 @@ def test_a_choice_without_its_branch_is_an_error_that_names_it(name, monkeypatch
 
 
 # --------------------------------------------------------------------------------------------------
-# the two losses
+# looped.py: the two losses
 
 
 @pytest.mark.parametrize("rest", [0.0, 0.7])
@@ -485,7 +1559,7 @@ def test_progressive_loss_is_the_naive_one_and_draws_n_and_k_uniformly():
 
 
 # --------------------------------------------------------------------------------------------------
-# evaluation and halting
+# looped.py: evaluation and halting
 
 
 def test_evaluate_is_the_naive_computation():
@@ -801,15 +1875,7 @@ def test_watch_takes_the_puzzle_from_the_files_and_of_the_length_that_are_asked_
 
 
 # --------------------------------------------------------------------------------------------------
-# training
-
-
-def train(cfg, out, checkpoint=None):
-    """Train a new model, or go on from a checkpoint -> the last checkpoint, the log."""
-    out.mkdir(exist_ok=True)
-    torch.manual_seed(cfg.seed)
-    looped.train(cfg, looped.LoopedTransformer(cfg), sets_of(cfg), out, checkpoint)
-    return looped.read_checkpoint(out)[0], read_log(out)
+# looped.py: training
 
 
 def test_data_and_weights_follow_the_seed(monkeypatch):
@@ -913,16 +1979,6 @@ def test_learning_rate_at_named_steps():
     for decay in ("linear", "step"):
         cfg = looped.Config(decay=decay, lr=0.1, warmup=0, steps=100)
         assert looped.get_lr(cfg, 0) == pytest.approx(0.1)
-
-
-def spy(monkeypatch, name, look):
-    """Call look(*args) before each call of looped.<name>."""
-    real = getattr(looped, name)
-
-    def spied(*args, **options):
-        look(*args)
-        return real(*args, **options)
-    monkeypatch.setattr(looped, name, spied)
 
 
 def spy_on_steps(monkeypatch, look):
@@ -1142,54 +2198,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_a_usable_checkpoint(
 
 
 # --------------------------------------------------------------------------------------------------
-# checkpoints
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished tiny run and what it printed, on an ASCII terminal: (folder, text)."""
-    place = tmp_path_factory.mktemp("finished")
-    out = Path("out", "prefix_sums-internal-outer-seed0")
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(terminal):
-        patch.chdir(place)
-        assert looped.main(flags()) == 0
-    return place / out, terminal.buffer.getvalue().decode()
-
-
-@pytest.fixture
-def home(finished):
-    """The test's folder has two finished runs, RUN and OTHER, and a file."""
-    for name in ("RUN", "OTHER"):
-        shutil.copytree(finished[0], name)
-    Path("file").write_text("mine")
-    return Path()
-
-
-def raising(error):
-    """-> a function that does nothing but raise the error, to stand in for another."""
-    def function(*args, **options):
-        raise error
-    return function
-
-
-stopped = raising(KeyboardInterrupt())      # Ctrl-C comes while it works
-
-
-def exit_code(main, argv):
-    try:
-        return main(argv)
-    except SystemExit as exit:
-        return exit.code
-
-
-def fails(capsys, argv, code=2, main=looped.main):
-    """-> the one line on stderr."""
-    got = exit_code(main, argv)
-    line = capsys.readouterr().err
-    assert got == code, line
-    assert line.count("\n") == 1 and line.endswith("\n"), line
-    return line
+# looped.py: checkpoints
 
 
 def test_load_gives_the_weights_of_the_reported_result_without_a_gradient(home):
@@ -1344,9 +2353,30 @@ def test_a_finished_run_is_evaluated_again_without_losing_its_first_table(home, 
     assert Path("RUN/eval.json").read_bytes() == before
 
 
-# --------------------------------------------------------------------------------------------------
-# the command line
+def test_a_finished_run_is_tested_on_another_file_but_not_trained_on_it(tmp_path, capsys):
+    many = many_mates(tmp_path)
+    other = shutil.copy(many, tmp_path / "other.csv")
+    small = {"n_train": 4, "n_val": 2, "n_test": 1, "n_hard": 4, "steps": 2}
+    argv = flags(task="chess", files=many, out="RUN", **small)
+    assert looped.main(argv) == 0
 
+    # what it trains on is the file's, not what would be made
+    cfg = looped.load("RUN")[1]
+    x = looped.get_splits(cfg, "cpu")["train"][0]
+    from_file = data.splits(CHESS, 0, 4, 2, 1, 4, many)["train"].x
+    assert x.tolist() == from_file.tolist()
+
+    asked = ["--resume", "RUN", "--files", str(other), "--n_hard", "6"]
+    assert looped.main([*asked, "--out", "other"]) == 0
+    found = json.loads(Path("other", "eval.json").read_text())
+    assert found["config"]["files"] == str(other)
+    assert found["halting"]["hard"]["n"] == 6
+    capsys.readouterr()
+    assert "--files" in fails(capsys, [*asked, "--steps", "4"])  # control
+
+
+# --------------------------------------------------------------------------------------------------
+# looped.py: the command line
 
 BAD = [
     # values and names that are not there
@@ -1507,18 +2537,6 @@ def test_a_stopped_run_exits_130_and_the_printed_command_finishes_it_bit_for_bit
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("n", ["3", "5000"])      # it shows at the last flush, or while printing
-def test_a_reader_that_goes_away_ends_the_program_quietly(n):
-    reading, writing = os.pipe()
-    os.close(reading)
-    buffered = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    # data.run, which all programs share
-    ended = subprocess.run([sys.executable, data.__file__, "--n", n], stdout=writing,
-                           stderr=subprocess.PIPE, text=True, env=buffered)
-    os.close(writing)
-    assert (ended.returncode, ended.stderr) == (1, "")
-
-
 def test_an_ascii_terminal_trains_on_boards():
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict",
                                 write_through=True)
@@ -1547,7 +2565,7 @@ def test_help_shows_every_option_with_its_default_and_fits_the_terminal(capsys, 
         assert f"--{field.name} " in text
     text = " ".join(text.split())
     assert "[pre|peri|outer|gru] (default: outer)" in text
-    assert "(default: 30; prefix_sums: 21; sudoku4: 16; chess: 8)" in text
+    assert "(default: 30; prefix_sums: 21; sudoku4: 16; chess: 3)" in text
 
 
 def test_defaults_depend_on_the_task_and_options_win():
@@ -1670,1013 +2688,9 @@ def test_a_board_of_another_size_is_refused_before_training():
             looped.get_splits(cfg, "cpu")
 
 
-# -----------------------------------------------------------------------------
-# data.py
+# --------------------------------------------------------------------------------------------------
+# theory.py: the claims
 
-BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
-
-
-class SmallSudoku(data.Sudoku):
-    """With an eighth of the boards in a chunk, so that tests need not wait for them."""
-
-    def chunk(self, seed, index, n=128):
-        return super().chunk(seed, index, n)
-
-
-class SmallChess(data.Chess):
-    """With fewer positions in a chunk."""
-
-    def chunk(self, seed, index, ones=16, twos=2):
-        return super().chunk(seed, index, ones, twos)
-
-
-SUDOKU = {side: SmallSudoku(side=side) for side in BOX}
-CHESS = SmallChess()
-SQUARES = replace(CHESS, marks="squares")
-BITS = data.TASKS["prefix_sums"]
-TASK = {**SUDOKU, "chess": CHESS, "squares": SQUARES, "bits": BITS}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def made(cache):
-    """{task or side: splits}, made once."""
-    return {k: data.splits(task, 2, 6, 1, 1, 2, cache=cache) for k, task in TASK.items()}
-
-
-def rows(array):
-    return [row.tobytes() for row in array]
-
-
-# the contract
-
-
-def toy(**members):
-    """A task class with all that a task must have, and perhaps other members."""
-
-    def chunk(self, seed, index):
-        rng = np.random.default_rng((seed, index))
-        x = rng.integers(0, 2, (256, 8), np.uint8)
-        p = data.Puzzles(x, 1 - x, x.sum(1))
-        return {"easy": p[p.rating < 4], "hard": p[p.rating >= 4]}
-
-    whole = {
-        "name": "toy", "grid": (8,), "vocab": 2, "classes": 2, "symbols": "01",
-        "levels": {"easy": "few ones", "hard": "many"}, "chunk": chunk,
-        "draw": lambda self, x, answers: self.text(x), "read": lambda self, text: (None, None),
-    }
-    return type("Toy", (data.Task,), whole | members)
-
-
-def test_a_whole_task_is_one_class(tmp_path):
-    task = dataclass(frozen=True)(toy())()
-    p = data.splits(task, 0, 20, 2, 2, 20, cache=tmp_path)
-    assert [len(part) for part in p.values()] == [20, 2, 2, 20]
-    assert task.show(p["hard"].x[0], p["hard"].y[0]) == task.text(p["hard"].x[0])
-
-
-# splits
-
-
-@pytest.mark.parametrize("side, most, least", [(6, 0, 1), (9, 4, 5)])
-def test_easy_and_hard_boards_are_rated_as_they_are_called(side, most, least):
-    chunk = data.Sudoku(side=side).chunk(3, 0, n=512)
-    assert chunk["easy"].rating.max() == most
-    assert chunk["hard"].rating.min() in (least, least + 1)
-
-
-def test_easy_and_hard_4x4_boards_have_other_numbers_of_clues(cache):
-    s = data.splits(SUDOKU[4], 3, 99, 9, 9, 99, cache=cache)
-    clues = {name: set((p.x > 0).sum(1)) for name, p in s.items()}
-    assert clues["train"] == {7, 8, 9, 10}
-    assert clues["hard"] == {4, 5}
-
-
-GROWING = {
-    "4x4": (SUDOKU[4], (400, 20, 20, 110)), "6x6": (SUDOKU[6], (180, 12, 12, 10)),
-    "bits": (BITS, (1500, 70, 70, 200)), "file": (CHESS, (25, 2, 1, 10)),
-    "two files": (SUDOKU[9], (12, 0, 9, 3)),
-}
-
-
-@pytest.mark.parametrize("name", GROWING)
-def test_to_ask_for_more_moves_nothing_between_splits(name, tmp_path, cache):
-    task, large = GROWING[name]
-    path = {"file": many_mates, "two files": two_files}.get(name, lambda folder: None)(tmp_path)
-    small = [n // 9 for n in large]
-    before = data.splits(task, 5, *small, path, cache)
-
-    for grown in range(4):
-        numbers = [large[i] if i == grown else small[i] for i in range(4)]
-        after = data.splits(task, 5, *numbers, path, cache)
-        for split, n in zip(before, small, strict=True):
-            assert same(before[split], after[split][:n])
-
-    # all that is trained on in one request is tested on in none
-    after = data.splits(task, 5, *large, path, cache)
-    keys = [set(rows(task.keys(p.x, p.y))) for p in after.values()]
-    assert sum(map(len, keys)) == len(set.union(*keys)) == sum(large)
-
-
-def test_a_longer_file_only_appends(tmp_path):
-    path = Path(many_mates(tmp_path))
-    lines = path.read_text().splitlines()
-    short = write_rows(tmp_path / "short.csv", *lines[:25])
-    before = data.splits(CHESS, 0, 8, 1, 0, 3, short)
-    after = data.splits(CHESS, 0, 16, 2, 1, 8, str(path))
-    assert all(same(before[k], after[k][: len(before[k])]) for k in before)
-
-
-@pytest.mark.parametrize("bits", [4, 5, 6, 7])
-def test_a_small_population_is_refused_with_what_there_is(bits, tmp_path):
-    task = replace(BITS, bits=bits)
-    with pytest.raises(data.UserError, match="500 train puzzles asked for.*only ") as refusal:
-        data.splits(task, 0, 500, 0, 0, 0, cache=tmp_path)
-    _, _, said = str(refusal.value).partition(" only ")
-    there = {split: int(n) for n, split in re.findall(r"(\d+) (train|val|easy)", said)}
-    assert sum(there.values()) == 2**bits
-
-    # the control: just as many can be had
-    s = data.splits(task, 0, *there.values(), 0, cache=tmp_path)
-    everything = [row for p in s.values() for row in rows(p.x)]
-    assert len(set(everything)) == 2**bits
-
-
-def test_many_small_chunks_are_no_reason_to_give_up(tmp_path):
-    def chunk(self, seed, index):
-        x = np.random.default_rng((seed, index)).integers(0, 2, (4, 8), np.uint8)
-        p = data.Puzzles(x, 1 - x, x.sum(1))
-        return {"easy": p, "hard": p[:0]}
-
-    task = dataclass(frozen=True)(toy(chunk=chunk))()
-    assert len(data.splits(task, 0, 150, 0, 0, 0, cache=tmp_path)["train"]) == 150
-
-
-def test_long_strings_are_not_made_of_the_short_ones():
-    chunk = BITS.chunk(0, 0)
-    easy = chunk["easy"].x[:16, 1:].ravel()
-    hard = chunk["hard"].x[0, 1:]
-    assert len(easy) == len(hard) and 150 < (easy != hard).sum() < 362
-
-
-def test_the_split_of_a_puzzle_never_changes():
-    # of another hash, training puzzles of old checkpoints would be in the tests: the SHA-256 of the
-    # bytes 1 0 1 begins with 85
-    assert data.bucket(np.array([1, 0, 1], np.uint8)) == 0x85 % 16
-
-
-def test_a_sixteenth_of_the_easy_puzzles_is_val_and_another_is_the_test():
-    x = np.random.default_rng(0).integers(0, 2, (8000, 32), np.uint8)
-    split = [data.split_of("easy", row) for row in x]
-    # 500 are expected in each, with a standard deviation of 22
-    assert abs(split.count("val") - 500) < 110 and abs(split.count("easy") - 500) < 110
-    assert split.count("train") == 8000 - split.count("val") - split.count("easy")
-
-    # the first of two files trains and validates, the second tests, and hard ones are tests only
-    assert {data.split_of("easy", row, "train") for row in x} == {"train", "val", None}
-    assert {data.split_of("easy", row, "test") for row in x} == {"easy"}
-    assert {data.split_of("hard", row) for row in x} == {"hard"}
-    assert {data.split_of("hard", row, "train") for row in x} == {None}
-
-
-# prefix sums
-
-
-def test_prefix_sums_are_cumsums_after_a_start_token(made):
-    for level, p in made["bits"].items():
-        assert (p.x[:, 1:].astype(int).cumsum(1) % 2 == p.y[:, 1:]).all()
-        assert (p.x[:, 0] == 2).all() and (p.y[:, 0] == 0).all()
-        assert p.x.shape[1] == (513 if level == "hard" else 33)
-        assert (BITS.scored(p.x).sum(1) == p.x.shape[1] - 1).all()
-    relative = data.splits(replace(BITS, positions="relative"), 2, 6, 1, 1, 2)
-    assert (relative["train"].x == made["bits"]["train"].x[:, 1:]).all()
-
-
-# sudoku
-
-
-def peers(i, side):
-    height, width = BOX[side]
-    row, column = divmod(i, side)
-    box = (row // height, column // width)
-    return [
-        j for j in range(side * side)
-        if j // side == row or j % side == column or (j // side // height, j % side // width) == box
-    ]
-
-
-PEERS = {(side, i): peers(i, side) for side in BOX for i in range(side * side)}
-
-
-def solutions(board, side):
-    """Up to two full boards, by plain backtracking."""
-    options = {
-        i: set(range(1, side + 1)) - {board[j] for j in PEERS[side, i]}
-        for i, digit in enumerate(board) if not digit
-    }
-    if not options:
-        return [tuple(board)]
-    i = min(options, key=lambda i: len(options[i]))
-    found = []
-    for digit in options[i]:
-        if len(found) < 2:
-            found += solutions(board[:i] + [digit] + board[i + 1 :], side)
-    return found[:2]
-
-
-@pytest.mark.parametrize("side", BOX)
-def test_sudoku_has_one_solution_also_after_augmentation(made, side):
-    p = made[side]["hard"]
-    x = torch.tensor(p.x)
-    y = torch.tensor(p.y)
-    x2, y2 = SUDOKU[side].augment(x, y, torch.Generator().manual_seed(5))
-    assert side == 4 or (x2 != x).any(1).all()
-    assert ((x2 > 0).sum(1) == (x > 0).sum(1)).all()
-
-    for boards, labels in ((x, y), (x2, y2)):
-        for board, label in zip(boards.tolist(), labels.tolist(), strict=True):
-            assert solutions(board, side) == [tuple(label)]
-            board[next(i for i, digit in enumerate(board) if digit)] = 0
-            assert len(solutions(board, side)) == 2  # the control: one clue less
-
-
-@pytest.mark.parametrize("side", BOX)
-def test_each_board_gets_a_symmetry_of_its_own_and_every_kind_occurs(made, side):
-    task = SUDOKU[side]
-    y = torch.tensor(made[side]["hard"].y[:1]).repeat(400, 1)
-    a, _ = task.rename(y, torch.Generator().manual_seed(1))
-    assert len(set(rows(a.numpy()))) > (100 if side == 4 else 300)  # 4x4 has 288 grids
-
-    # rows and columns are permuted, and half of the boards transposed where boxes are square
-    cell, _ = task.symmetry(400, "cpu", torch.Generator().manual_seed(1))
-    assert len((cell[:, 0] // side).unique()) == len((cell[:, 0] % side).unique()) == side
-    first_two_in_one_row = (cell[:, 0] // side == cell[:, 1] // side).double().mean()
-    assert first_two_in_one_row == 1 if side == 6 else abs(first_two_in_one_row - 0.5) < 0.1
-
-    # every digit goes everywhere, blanks stay blank
-    for cell in range(side * side):
-        assert len(a[:, cell].unique()) == side
-    blank = torch.zeros_like(y)
-    assert not task.rename(blank, torch.Generator())[0].any()
-
-    # augmentation draws from the same symmetries
-    b, _ = task.augment(y, y, torch.Generator().manual_seed(1))
-    assert torch.equal(b, y if side == 4 else a)
-
-
-@pytest.mark.parametrize("side", BOX)
-def test_logits_of_renamed_puzzles_come_back(made, side):
-    task = SUDOKU[side]
-    p = made[side]["train"]
-    x = torch.tensor(p.x).long()
-    y = torch.tensor(p.y).long()
-    x2, undo = task.rename(x, torch.Generator().manual_seed(2))
-
-    def labels_of(boards):
-        return undo(give_marks(boards, task.classes)).argmax(-1)
-    assert (x2 != x).any(1).all()
-    assert torch.equal(labels_of(x2), x)
-
-    # whoever solves the renamed puzzles has solved these
-    y2 = torch.tensor([solutions(board, side)[0] for board in x2.tolist()])
-    assert torch.equal(labels_of(y2), y)
-    assert not torch.equal(y2, y)
-
-
-def test_rating_counts_guesses_and_two_solutions_are_found():
-    full = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
-    given = (1 << full - 1).astype(np.uint16)[:, None]
-    blank = np.isin(np.arange(16), (0, 1, 8, 9))[:, None]
-    open_cells = np.where(blank, 3, given).astype(np.uint16)
-
-    # 1 and 2 can be swapped in four cells: one branch of two
-    found, _, tried = data.solve(open_cells, (2, 2))
-    assert (found, tried) == (2, 2)
-    found, _, _ = data.solve(open_cells, (2, 2), limit=1)
-    assert found == 1
-
-    found, solution, tried = data.solve(given, (2, 2))
-    assert (found, tried) == (1, 0) and (np.log2(solution[:, 0]) + 1 == full).all()
-    clash = given.copy()
-    clash[1] = clash[0]
-    assert data.solve(clash, (2, 2))[0] == 0
-
-
-def test_a_digit_twice_in_a_unit_is_a_contradiction_at_once():
-    # on an open 9x9 board nothing else tells so soon
-    board = np.full((81, 4), 511, np.uint16)
-    pairs = [(0, 3), (0, 27), (0, 10), (0, 13)]  # in a row, a column, a box; control: in none
-    for i, cells in enumerate(pairs):
-        board[list(cells), i] = 1
-    _, bad = data.deduce(board, (3, 3))
-    assert bad.tolist() == [True, True, True, False]
-
-
-def test_full_boards_are_random_in_every_digit():
-    # 400 boards: a digit in the first cell 100 times, with a standard deviation of 8.7
-    grid = data.solved_grids(np.random.default_rng(0), 400, (2, 2))
-    digits = SUDOKU[4].digits(grid)
-    for cell in (0, 6, 15):
-        counts = np.bincount(digits[:, cell], minlength=5)[1:]
-        assert (abs(counts - 100) < 50).all(), counts
-    assert len({row.tobytes() for row in digits}) > 150  # of 288
-
-
-def test_a_chunk_with_a_board_of_two_solutions_is_stopped(monkeypatch):
-    def careless(rng, grid, box, keep):
-        puzzle = grid.copy()
-        puzzle[:8] = 15
-        return puzzle
-
-    monkeypatch.setattr(data, "remove_clues", careless)
-    with pytest.raises(AssertionError, match="not exactly one solution"):
-        SUDOKU[4].chunk(0, 0, n=16)
-
-
-# chess
-
-
-def decode(x):
-    board = chess.Board(None)
-    pieces = {i: chess.Piece((token - 1) % 6 + 1, token < 7) for i, token in enumerate(x) if token}
-    board.set_piece_map(pieces)
-    return board
-
-
-def forced(board, depth):
-    """(from, to) of the moves that mate within `depth` moves, by trying everything."""
-    pairs = set()
-    for move in list(board.legal_moves):
-        board.push(move)
-        works = board.is_checkmate()
-        if depth > 1 and not works and any(board.legal_moves):
-            works = True
-            for reply in list(board.legal_moves):
-                board.push(reply)
-                works = works and bool(forced(board, depth - 1))
-                board.pop()
-        board.pop()
-        if works:
-            pairs.add((move.from_square, move.to_square))
-    return pairs
-
-
-def marked(y):
-    return int(np.flatnonzero(y == 1)[0]), int(np.flatnonzero(y == 2)[0])
-
-
-def test_chess_puzzles_have_one_solving_move_of_the_depth_they_are_rated():
-    chunk = CHESS.chunk(7, 0, 6, 1)
-    assert (len(chunk["easy"]), len(chunk["hard"])) == (6, 1)
-    for depth, p in ((1, chunk["easy"]), (2, chunk["hard"])):
-        assert (p.rating == depth).all()
-        for x, y in zip(p.x.tolist(), p.y, strict=True):
-            board = decode(x)
-            assert board.is_valid() and chess.square_file(board.king(True)) >= 4
-            assert forced(board, depth) == {marked(y)}
-            assert depth == 1 or not forced(board, 1)
-
-
-@pytest.mark.parametrize("chunk", [BITS.chunk, SUDOKU[4].chunk,
-                                   lambda seed, index: CHESS.chunk(seed, index, 3, 0)])
-def test_a_chunk_depends_on_seed_and_index_alone(chunk):
-    # 1, 10 and 11, 0: digits must not run together, nor be added up
-    places = [(0, 0), (0, 1), (1, 0), (1, 10), (11, 0)]
-    chunks = [chunk(*place)["easy"].x[:20] for place in places]
-    assert np.array_equal(chunk(0, 0)["easy"].x[:20], chunks[0])
-    for first, second in itertools.combinations(chunks, 2):
-        assert not np.array_equal(first, second)
-
-
-@pytest.mark.parametrize(
-    "fen",
-    [
-        "7k/P7/6K1/8/8/8/8/8 w - - 0 1",  # a promotion mates, to queen or rook
-        "k7/2K5/8/1N6/8/8/6P1/7B w - - 0 1",  # a pawn that uncovers a bishop
-        "7k/6pp/8/8/8/8/8/R5K1 w - - 0 1",  # on the back rank
-        "4k3/8/8/8/4N3/8/8/4R1K1 w - - 0 1",  # discovered checks
-        "8/8/8/2k5/3Pp3/8/8/B3K2R b - d3 0 1",  # en passant
-        "7k/8/5KQ1/8/8/8/8/8 w - - 0 1",  # mates, and stalemates that are none
-        "8/8/3k4/8/2P1P3/8/8/4K3 w - - 0 1",  # two pawns of White's can check
-        "4k3/8/8/2p1p3/8/3K4/8/8 b - - 0 1",  # and two of Black's
-    ],
-)
-def test_checks_are_all_moves_that_give_check_but_castling(fen):
-    board = chess.Board(fen)
-    kept = set(data.maybe_checks(board))
-    plain = {m for m in board.legal_moves if board.gives_check(m) and not board.is_castling(m)}
-    assert plain <= kept <= set(board.pseudo_legal_moves)
-    assert {(m.from_square, m.to_square) for m in data.solutions(board, 1)} == forced(board, 1)
-
-
-def test_random_positions_have_the_mates_that_trying_everything_finds():
-    rng = random.Random(3)
-    boards = [board for _ in range(60) for board in data.placement(rng)]
-    boards += list(data.game(rng))[::9]
-    counts = []
-    for board in boards:
-        pairs = [(m.from_square, m.to_square) for m in data.solutions(board, 1)]
-        assert set(pairs) == forced(board, 1)
-        counts.append(len(pairs))
-    assert len(boards) > 20 and sum(counts) > 0
-
-
-def test_after_stalemate_there_is_no_mate_in_two():
-    stalemate = chess.Board("7k/8/6Q1/8/8/8/8/K7 b - - 0 1")
-    stuck = chess.Board("7k/8/5K2/8/8/8/8/6Q1 w - - 0 1")
-    assert data.loses(stalemate, 1, []) is False
-    pairs = {(m.from_square, m.to_square) for m in data.solutions(stuck, 2)}
-    assert pairs == forced(stuck, 2) - forced(stuck, 1)
-
-
-def test_a_position_with_a_mate_in_one_is_passed_over_where_two_are_asked_for(monkeypatch):
-    first, second = chess.Board(), chess.Board()
-    mate = chess.Move.from_uci("e2e4")
-
-    def solutions(board, depth):
-        """Both have a mate in two, the first also one in one."""
-        return iter([] if board is second and depth == 1 else [mate])
-
-    monkeypatch.setattr(data, "solutions", solutions)
-    boards = [first, second]
-    assert data.position(None, lambda rng: iter(boards), 2)[0] is second
-    assert data.position(None, lambda rng: iter(boards), 1)[0] is first  # control
-
-
-def test_games_are_some_moves_old_and_placements_have_armies_of_the_sizes_they_say():
-    games = [b.copy() for seed in range(3) for b in data.game(random.Random(seed))]
-    placed = [b for seed in range(300) for b in data.placement(random.Random(seed))]
-    # no position has a right that is not encoded
-    for board in games + placed:
-        assert board.is_valid() and board.ep_square is None and board.castling_rights == 0
-    assert min(len(board.move_stack) for board in games) == 10
-
-    white = []
-    black = []
-    for board in placed:
-        assert board.turn and not board.pawns & chess.BB_BACKRANKS
-        pieces = list(board.piece_map().values())
-        white.append(sum(piece.color for piece in pieces))
-        black.append(len(pieces) - white[-1])
-    # a pawn that falls on the first or last rank is left out
-    assert 1 <= min(white) < 9 and max(white) == 11
-    assert 1 <= min(black) < 4 and max(black) == 9
-
-
-def test_promotions_count_as_one_move():
-    board = chess.Board("7k/P7/6K1/8/8/8/8/8 w - - 0 1")
-    x, y = CHESS.parse(board.fen())
-    assert marked(y) == (chess.A7, chess.A8)
-    verdict = CHESS.verdict(board.fen(), y)
-    assert verdict.startswith("a8=") and verdict.endswith("legal, mate")
-
-
-def test_two_pieces_that_mate_on_one_square_are_two_answers():
-    both = chess.Board("6k1/5ppp/8/8/8/8/8/R3K2Q w - - 0 1")
-    assert forced(both, 1) == {(chess.A1, chess.A8), (chess.H1, chess.A8)}
-    assert not data.one_pair(data.solutions(both, 1))
-    _, y = CHESS.parse(both.fen())
-    assert y is None
-
-    # controls: one piece alone, and two squares that one piece mates from
-    rook = chess.Board("6k1/5ppp/8/8/8/8/8/R3K3 w - - 0 1")
-    assert data.one_pair(data.solutions(rook, 1))
-    queen = chess.Board("k7/8/1K6/8/8/8/8/7Q w - - 0 1")
-    assert len(forced(queen, 1)) > 1 and not data.one_pair(data.solutions(queen, 1))
-
-
-def test_chess_is_seen_by_the_side_to_move():
-    rng = random.Random(0)
-    board = chess.Board()
-    for _ in range(60):
-        x = data.encode(board)
-        assert (data.encode(board.mirror()) == x).all() and np.flatnonzero(x == 6) % 8 > 3
-        for move in rng.sample(list(board.legal_moves), min(3, board.legal_moves.count())):
-            y = CHESS.label(board, move)
-            start, _ = marked(y)
-            assert f"({move.uci()[:4]}" in CHESS.verdict(board.fen(), y)
-            assert decode(x.tolist()).piece_at(start).color == chess.WHITE
-            assert decode(x.tolist()).piece_type_at(start) == board.piece_type_at(move.from_square)
-        board.push(rng.choice(list(board.legal_moves)))
-        if not any(board.legal_moves):
-            board = chess.Board()
-
-
-def test_the_two_kinds_of_marks_say_the_same_squares():
-    board = chess.Board()
-    move = chess.Move.from_uci("g1f3")
-    y = CHESS.label(board, move)
-    assert marked(y) == (chess.G1, chess.F3) and (y > 0).sum() == 2
-    assert (SQUARES.label(board, move) == (y > 0)).all()
-    assert (CHESS.classes, SQUARES.classes) == (3, 2)
-
-
-def test_chess_predicts_the_largest_marks_one_of_each():
-    logits = torch.randn(50, 64, 3)
-    logits[0] = 0
-    logits[0, 7] = torch.tensor([0.0, 5.0, 9.0])  # largest as from and as to
-    logits[0, 8] = torch.tensor([-1.0, 3.0, 4.0])
-    logits[0, 9] = torch.tensor([4.0, 8.0, 7.0])  # large, but so is "nothing"
-    logits[1, :, 0] += 20  # "nothing" is likelier everywhere
-    y = CHESS.predict(logits)
-    assert marked(y[0].numpy()) == (7, 8)
-
-    for board, labels in zip(logits.numpy(), y.numpy(), strict=True):
-        start = np.argmax(board[:, 1] - board[:, 0])
-        reached = board[:, 2] - board[:, 0]
-        reached[start] = -99
-        assert marked(labels) == (start, np.argmax(reached)) and (labels > 0).sum() == 2
-
-
-def test_with_squares_it_predicts_the_two_largest():
-    logits = torch.randn(50, 64, 2)
-    y = SQUARES.predict(logits).numpy()
-    mark = (logits[..., 1] - logits[..., 0]).numpy()
-    for board, labels in zip(mark, y, strict=True):
-        assert set(np.flatnonzero(labels)) == set(np.argsort(board)[-2:])
-
-
-@pytest.mark.parametrize("task", [CHESS, SQUARES])
-def test_an_answer_says_whether_a_move_is_legal_and_mates(task):
-    fen = "7k/8/5KQ1/8/8/8/8/8 w - - 0 1"
-    board = chess.Board(fen)
-    for move, words in (
-        ("g6g7", "Qg7# (g6g7): legal, mate"), ("g6g1", "Qg1 (g6g1): legal, no mate at once"),
-        ("g6h8", "g6-h8: no legal move"), ("a1a2", "a1-a2: no legal move"),
-    ):
-        assert task.verdict(fen, task.label(board, chess.Move.from_uci(move))) == words
-
-
-def test_a_verdict_counts_what_is_asked_for_and_what_was_changed_beside():
-    _, y = SUDOKU[4].parse(QUESTION)
-    assert SUDOKU[4].verdict(QUESTION, y) == "solved"
-    assert QUESTION.count(".") == 10
-    y[1] = 5 - y[1]                         # a blank
-    assert SUDOKU[4].verdict(QUESTION, y) == "1 of 10 are wrong"
-    y[0] = 5 - y[0]                         # a clue
-    assert SUDOKU[4].verdict(QUESTION, y) == "2 of 11 are wrong"
-
-
-# files
-
-HEADER = {"chess": "PuzzleId,FEN,Moves,Rating", "sudoku": "source,question,answer,rating"}
-FEN = "r1bqkbnr/pppp1ppp/2n5/4p2Q/2B1P3/8/PPPP1PPP/RNB1K1NR b KQkq - 3 3"
-QUESTION = "1.3..4..2..3..2."
-ANSWER = "1234341221434321"
-HARD = [f"b,{FEN},{m} h5f7,{r}" for m, r in (("h7h6", 1601), ("d7d6", 2000), ("g8h6", 2001))]
-
-
-def write_rows(path, *lines, opener=open):
-    with opener(path, "wt") as f:
-        f.write("\n".join(lines) + "\n")
-    return str(path)
-
-
-def many_mates(folder):
-    """A file of 50 positions with Qxf7 to find, 34 of them easy."""
-    board = chess.Board(FEN)
-    lines = []
-    for first in list(board.legal_moves):
-        for second in ("b1c3", "d2d3"):
-            later = chess.Board(FEN)
-            later.push(first)
-            if chess.Move.from_uci(second) not in later.legal_moves:
-                continue
-            later.push_uci(second)
-            for reply in list(later.legal_moves)[:3]:
-                mate = later.copy()
-                mate.push(reply)
-                if chess.Move.from_uci("h5f7") in mate.legal_moves:
-                    rating = 1500 if len(lines) % 3 else 1700
-                    lines.append(f"i,{later.fen()},{reply.uci()} h5f7,{rating}")
-    return write_rows(folder / "many.csv", HEADER["chess"], *lines[:70])
-
-
-def test_a_finished_run_is_tested_on_another_file_but_not_trained_on_it(tmp_path, capsys):
-    many = many_mates(tmp_path)
-    other = shutil.copy(many, tmp_path / "other.csv")
-    small = {"n_train": 4, "n_val": 2, "n_test": 1, "n_hard": 4, "steps": 2}
-    argv = flags(task="chess", files=many, out="RUN", **small)
-    assert looped.main(argv) == 0
-
-    # what it trains on is the file's, not what would be made
-    cfg = looped.load("RUN")[1]
-    x = looped.get_splits(cfg, "cpu")["train"][0]
-    from_file = data.splits(CHESS, 0, 4, 2, 1, 4, many)["train"].x
-    assert x.tolist() == from_file.tolist()
-
-    asked = ["--resume", "RUN", "--files", str(other), "--n_hard", "6"]
-    assert looped.main([*asked, "--out", "other"]) == 0
-    found = json.loads(Path("other", "eval.json").read_text())
-    assert found["config"]["files"] == str(other)
-    assert found["halting"]["hard"]["n"] == 6
-    capsys.readouterr()
-    assert "--files" in fails(capsys, [*asked, "--steps", "4"])  # control
-
-
-@pytest.mark.parametrize("opener, suffix", [(open, ""), (gzip.open, ".gz")])
-def test_lichess_files_are_read(tmp_path, opener, suffix):
-    lines = Path(many_mates(tmp_path)).read_text().splitlines()
-    path = write_rows(tmp_path / f"p.csv{suffix}", *lines, *HARD, opener=opener)
-    s = data.splits(CHESS, 0, 20, 2, 1, 20, path, tmp_path)
-    assert all(marked(y) == (chess.H5, chess.F7) for p in s.values() for y in p.y)
-    assert all(len(p) for p in s.values())
-    assert set(s["train"].rating) == {1500} and set(s["hard"].rating) == {1700}
-
-    # 2,000 is hard, 2,001 is too hard
-    few = write_rows(tmp_path / "few.csv", HEADER["chess"], *HARD)
-    assert data.splits(CHESS, 0, 0, 0, 0, 2, few)["hard"].rating.tolist() == [1601, 2000]
-    with pytest.raises(data.UserError, match="few.csv has only 0 train, .* 2 hard"):
-        data.splits(CHESS, 0, 0, 0, 0, 3, few)
-
-
-@pytest.mark.parametrize(
-    "name, row, reason",
-    [
-        ("chess", f"x,{FEN},a7a6 h5h8,1500", "illegal"),
-        ("chess", f"x,{FEN},a7a6,1500", "two moves"), ("chess", "x,8/8/8,a1a2 a3a4,1500", "rows"),
-        ("chess", f"x,{FEN},0000 a7a6,1500", "two moves"),
-        ("chess", f"x,{FEN},a7a6 h5f7,high", "'high'"),
-        ("chess", f"x,{'8/' * 7}8,a1a2 a2a3,9", "legal"),
-        ("chess", f"x,{FEN},a7a6 h5f7,{'9' * 30}", "not a whole number below"),
-        ("chess", f"x,{FEN},a7a6 h5f7,-5", "not a whole number below"),
-        ("chess", f'x,"{FEN},a7a6,1', "quote"), ("chess", f"x,{FEN}", "2 fields"),
-        ("chess", f"x,{FEN},a7a6 h5f7,1500,", "5 fields"),
-        ("sudoku", f"s,{QUESTION}.,{ANSWER},0", "17 char"),
-        ("sudoku", f"s,{QUESTION},{ANSWER[:-1]}x,0", "'x'"),
-        ("sudoku", f"s,2{QUESTION[1:]},{ANSWER},0", "no solution|not the solution"),
-        ("sudoku", f"s,{QUESTION},{ANSWER[:-2]}12,0", "not the solution"),
-        ("sudoku", f"s,{QUESTION},{ANSWER[:-1]}.,0", "not the solution"),
-        ("sudoku", f"s,{QUESTION},{ANSWER},", "rating ''"),
-        ("sudoku", f"s,{'.' * 16},{ANSWER},0", "no clues"),
-        ("sudoku", f"s,1{'.' * 15},{ANSWER},0", "several solutions"),
-        ("sudoku", f"s,11{'.' * 14},{ANSWER},0", "no solution"),
-    ],
-)
-def test_a_bad_row_is_refused_with_its_line_and_reason(tmp_path, name, row, reason):
-    task = TASK.get(name, SUDOKU[4])
-    good = HARD[:1] if name == "chess" else [f"s,{QUESTION},{ANSWER},0"]
-    path = write_rows(tmp_path / "p.csv", HEADER[name], *good, row, *good)
-    with pytest.raises(data.UserError, match=f"p.csv line 3: .*({reason})") as refusal:
-        data.splits(task, 0, 50, 0, 0, 0, path)
-    assert "\n" not in str(refusal.value)
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
-    lines = ["FEN,Moves,Rating"] + [line.removeprefix("b,") for line in HARD]
-    path = tmp_path / "p.csv"
-    path.write_text("\n".join(lines), encoding="utf-8-sig")
-    assert path.read_bytes().startswith(b"\xef\xbb\xbfFEN")
-    assert len(data.splits(CHESS, 0, 0, 0, 0, 2, str(path))["hard"]) == 2
-
-
-def test_unusable_files_are_named(tmp_path, monkeypatch):
-    packed = gzip.compress("\n".join([HEADER["chess"], *HARD]).encode())
-    (tmp_path / "cut.csv.gz").write_bytes(packed[:-20])
-    (tmp_path / "p.csv.zst").write_bytes(b"")
-    write_rows(tmp_path / "column.csv", "PuzzleId,FEN,Moves", *HARD)
-    write_rows(tmp_path / "rows.csv", HEADER["sudoku"])
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    for task, name, reason in (
-        (CHESS, "cut.csv.gz", "cannot be read"), (CHESS, "p.csv.zst", "pip install zstandard"),
-        (CHESS, "column.csv", "line 1: no column 'Rating'"), (CHESS, "none.csv", "No such fi"),
-        (CHESS, ".", "directory"), (SUDOKU[9], "rows.csv", "no rows"),
-    ):
-        with pytest.raises(data.UserError, match=f"{name}.*{reason}"):
-            data.splits(task, 0, 4, 0, 0, 0, str(tmp_path / name))
-
-
-@pytest.mark.parametrize("path", ["", ",", "a.csv,", "a,b,c"])
-def test_empty_and_surplus_file_names_are_refused(path):
-    with pytest.raises(data.UserError, match="must be FILE or TRAIN,TEST"):
-        data.splits(CHESS, 0, 1, 0, 0, 0, path)
-    with pytest.raises(data.UserError, match="reads no files"):
-        data.splits(BITS, 0, 1, 0, 0, 0, path)
-
-
-def nine_grids():
-    """Grids of 9x9 sudoku, each with an easily solved puzzle."""
-    shifts = [3 * (r % 3) + r // 3 + c for r in range(9) for c in range(9)]
-    grids = []
-    for swap in range(40):
-        digits = list("123456789")
-        random.Random(swap).shuffle(digits)
-        grids.append("".join(digits[i % 9] for i in shifts))
-    return grids
-
-
-def two_files(folder):
-    """25 boards for training, and 20 for the test, five of which are among the first."""
-    lines = [f"s,{'.' * 9}{g[9:]},{g},{k % 5}" for k, g in enumerate(nine_grids())]
-    train = write_rows(folder / "train.csv", HEADER["sudoku"], *lines[:25])
-    test = write_rows(folder / "test.csv", HEADER["sudoku"], *lines[20:])
-    return f"{train},{test}"
-
-
-def test_the_second_file_is_for_the_tests_and_shares_no_grid_with_the_first(tmp_path):
-    grids = nine_grids()
-    easy = [f"s,{g[:72]}{'.' * 9},{g},{k % 5}" for k, g in enumerate(grids)]
-    other = [f"s,{'.' * 9}{g[9:]},{g},{k % 5}" for k, g in enumerate(grids)]
-    train = write_rows(tmp_path / "train.csv", HEADER["sudoku"], *easy[:25])
-    test = write_rows(tmp_path / "test.csv", HEADER["sudoku"], *other)
-    new = {g for g in grids[25:]}
-
-    s = data.splits(SUDOKU[9], 0, 10, 0, 5, 3, f"{train},{test}")
-
-    assert s["train"].rating.max() == 3 and (s["hard"].rating == 4).all()
-    for level in ("easy", "hard"):
-        assert {"".join(map(str, y)) for y in s[level].y} <= new
-    assert {"".join(map(str, y)) for y in s["train"].y} <= set(grids[:25])
-    assert data.describe_levels(SUDOKU[9], f"{train},{test}") == {
-        "easy": f"rated below 4 in {train}", "hard": "rated 4 and more",
-    }
-
-
-@pytest.mark.parametrize(
-    "ratings, cut",
-    [(range(10), 8), ([0] * 9 + [2], 1), ([2, 2, 4, 4], 4), ([1] * 7 + [2, 3, 4], 3), ([5], 6)],
-)
-def test_the_hardest_fifth_of_a_file_is_hard_but_never_all(tmp_path, ratings, cut):
-    lines = [f"s,{QUESTION},{ANSWER},{rating}" for rating in ratings]
-    path = write_rows(tmp_path / "p.csv", HEADER["sudoku"], *lines)
-    assert data.rating_limits(SUDOKU[4], path) == (cut, np.inf)
-
-
-def test_long_strings_are_shown_64_to_a_line():
-    x, y = BITS.parse("1" * 70)
-    lines = BITS.show(x, y).split("\n")
-    assert lines == ["bits  " + "1" * 64, "sums  " + "10" * 32, "bits  111111", "sums  101010"]
-    assert BITS.show(x).split("\n") == lines[::2]
-
-    # with marks half as many, and each bit above its sum
-    lines = BITS.show(x, y, lambda i, text: text + "+").split("\n")
-    assert lines[:2] == ["bits  " + " ".join("1" * 32), "sums  " + "1+0+" * 16]
-    assert len(lines) == 6
-
-
-# cache and processes
-
-
-def test_the_number_of_cores_and_the_cache_change_nothing(tmp_path, monkeypatch):
-    def make(folder, n):
-        return data.splits(SUDOKU[4], 1, n, 5, 5, 5, cache=tmp_path / folder)
-
-    once = make("a", 300)
-    make("b", 10)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1), raising=False)
-    assert same(once, make("b", 300))
-
-
-@pytest.mark.parametrize("cores", [1, 2])
-def test_chunks_made_on_all_cores_come_in_order_and_none_is_left_out(cores, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
-    stream = data.parallel(abs, 3)
-    assert [next(stream) for _ in range(20)] == list(range(3, 23))
-    stream.close()
-
-
-def test_a_cache_is_for_one_seed_one_set_of_options_and_one_code(tmp_path, monkeypatch):
-    def make(task, seed):
-        return data.splits(task, seed, 9, 1, 1, 1, cache=tmp_path)
-
-    def files():
-        return {path for path in tmp_path.rglob("*.npz")}
-
-    first = make(SUDOKU[4], 0)
-    known = files()
-    assert same(first, make(SUDOKU[4], 0)) and files() == known
-
-    assert not same(first, make(SUDOKU[4], 1)) and len(files()) == 2
-    make(SUDOKU[6], 0)
-    assert len(files()) == 3
-    monkeypatch.setattr(data, "code_hash", lambda: "0" * 12)
-    make(SUDOKU[4], 0)
-    assert len(files()) == 4
-
-
-def test_a_cache_serves_what_it_holds_and_a_damaged_one_is_made_again(
-    tmp_path, capsys, monkeypatch
-):
-    def make():
-        return data.splits(SUDOKU[4], 0, 20, 1, 1, 1, cache=tmp_path)
-
-    first = make()
-    (file,) = tmp_path.rglob("*.npz")
-    whole = file.read_bytes()
-    np.savez(tmp_path / "other", x=[1])
-    for content in (whole[:-300], b"", b"PK no zip", (tmp_path / "other.npz").read_bytes()):
-        file.write_bytes(content)
-        assert same(first, make()) and f"{file}: " in capsys.readouterr().err
-
-    # the control: a whole one is used, in silence
-    monkeypatch.setattr(data.Sudoku, "chunk", None)
-    assert same(first, make()) and capsys.readouterr().err == ""
-
-
-def test_a_full_disk_costs_the_cache_only(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    s = data.splits(SUDOKU[4], 0, 3, 1, 1, 1, cache=tmp_path / "file" / "cache")
-    assert len(s["train"]) == 3 and "cannot be kept" in capsys.readouterr().err
-
-
-def test_of_two_processes_that_write_one_file_neither_sees_the_others_half(tmp_path, monkeypatch):
-    file = tmp_path / "f"
-    write = Path.write_bytes
-
-    def overtaken(self, content):
-        """Write a part, then let another process write all of its own, then write the rest."""
-        write(self, content[:1])
-        monkeypatch.setattr(Path, "write_bytes", write)
-        monkeypatch.setattr(os, "getpid", lambda: 0)
-        data.write_atomic(file, b"theirs")
-        assert file.read_bytes() == b"theirs"
-        with open(self, "ab") as rest:
-            rest.write(content[1:])
-
-    monkeypatch.setattr(Path, "write_bytes", overtaken)
-    data.write_atomic(file, b"ours")
-    assert file.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [file]
-
-
-def test_the_clock_and_the_time_left(capsys, monkeypatch):
-    now = iter([0, 10, 20, 21, 40, 41])
-    monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    report = data.progress("work")
-    for done in (1, 25, 26, 50, 100):
-        report(done, 100)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["work: 25 of 100, 1:00 left", "work: 50 of 100, 0:40 left",
-                     "work: 100 of 100, 0:00 left"]         # the last one, however soon
-    assert data.clock(3725.9) == "62:05"
-
-
-def test_work_that_is_done_soon_shows_no_progress(capsys):
-    report = data.progress("work")
-    for done in (1, 2, 3):
-        report(done, 3)
-    assert capsys.readouterr().err == ""
-
-
-# command line
-
-
-def data_cli(folder, *args, **options):
-    command = [sys.executable, data.__file__, *map(str, args)]
-    return subprocess.Popen(
-        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-    )
-
-
-def test_two_processes_print_the_same_and_only_ascii(tmp_path):
-    args = ("--task", "chess", "--level", "hard", "--n", 1)
-    runs = [data_cli(tmp_path, *args, env=os.environ | {"PYTHONIOENCODING": "ascii"}) for _ in "ab"]
-    (out, err), (other, _) = (run.communicate() for run in runs)
-    assert out == other and out.isascii() and out.count("rating 2") == 1 and not err
-    assert not any(run.returncode for run in runs)
-
-
-def test_puzzles_of_a_file_are_printed(tmp_path):
-    path = write_rows(tmp_path / "p.csv", HEADER["chess"], *HARD)
-    out, err = data_cli(
-        tmp_path, "--task", "chess", "--files", path, "--level", "hard", "--n", 2
-    ).communicate()
-    assert "rating 1601" in out and "rating 2000" in out and not err
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (("--task", "go"), "invalid choice: 'go'"),
-        (("--task", "sudoku", "--side", 5), "choose 4, 6"),
-        (("--bits", 0), "--bits 0: must be 1 to"), (("--bits", 512), "differ from --bits"),
-        (("--n", -1), "data.py: --n -1: must"),
-        (("--files", "x"), "no files"), (("--files", ""), "no files"),
-        (("--task", "chess", "--files", ""), "must be FILE"), (("--side", 4), "--side 4"),
-        (("--bits", "999999999999"), "--bits 999999999999: must be"),
-        (("--task", "chess", "--marks", "x"), "choose from_to or squares"),
-        (("--seed", -1), "--seed -1"),
-    ],
-)
-def test_the_command_line_refuses_in_one_line(tmp_path, args, message, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code = exit_code(data.main, list(map(str, args)))
-    out, err = capsys.readouterr()
-    assert code == 2 and message in err and err.count("\n") == 1 and not out
-
-
-def test_two_tasks_may_have_an_option_of_one_name(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    @dataclass(frozen=True)
-    class Other(toy()):
-        side: int = 3
-
-    monkeypatch.setitem(data.TASKS, "toy", Other())
-    data.main(["--task", "toy", "--side", "7", "--n", "2"])
-    assert capsys.readouterr().out.count("rating") == 2
-
-
-def processes_of(group):
-    """The processes of a group that have not ended."""
-    found = subprocess.run(["ps", "-eo", "pgid,stat,pid"], capture_output=True, text=True).stdout
-    lines = [line.split() for line in found.splitlines()[1:]]
-    return [pid for pgid, state, pid in lines if int(pgid) == group and state[0] != "Z"]
-
-
-@pytest.mark.parametrize(
-    "sign, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)]
-)
-def test_workers_end_with_their_parent_and_what_was_made_is_kept(tmp_path, sign, code):
-    command = ("--task", "sudoku", "--side", 4, "--n", 1000000)
-    run = data_cli(tmp_path, *command, start_new_session=True)
-    until = time.monotonic() + 30
-    while len(list(tmp_path.rglob("*.npz"))) < 2 and time.monotonic() < until:
-        time.sleep(0.05)
-    assert len(processes_of(run.pid)) > 1
-
-    run.send_signal(sign)
-
-    _, err = run.communicate()
-    assert run.returncode == code
-    assert code < 0 or err.endswith("data.py: stopped\n") and "Traceback" not in err
-    until = time.monotonic() + 10
-    while processes_of(run.pid) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not processes_of(run.pid)
-    assert len(list(tmp_path.rglob("*.npz"))) >= 2
-
-
-# text
-
-
-@pytest.mark.parametrize(
-    "task, text, message",
-    [
-        (9, "." * 81, "no clues"), (9, "1" + "." * 80, "several"),
-        (9, "11" + "." * 79, "no solution"), (9, "1", "1 characters"), (4, "x" * 16, "'x'"),
-        (4, "9" + "." * 15, "'9'"), ("bits", "012", "'2'"), ("bits", "", "0 bits"),
-        ("chess", "hello", "8 rows"), ("chess", "8/" * 7 + "8", "legal"), ("chess", "", "FEN|fen"),
-        ("chess", "7k/5Q2/6K1/8/8/8/8/8 b - - 0 1", "game is over"),
-    ],
-)
-def test_typed_puzzles_that_are_none(task, text, message):
-    with pytest.raises(data.UserError, match=message) as refusal:
-        TASK[task].parse(text)
-    assert "\n" not in str(refusal.value)
-
-
-def symbols_of(picture):
-    """What is left of a picture without marks, rules and spaces: of a string all bits, then all
-    sums, since a marked one is in shorter lines."""
-    lines = sorted(picture.split("\n"), key=lambda line: line.startswith("sums"))
-    return re.sub(r"[-+<>\s]|bits|sums", "", "".join(lines))
-
-
-@pytest.mark.parametrize("key", TASK)
-def test_typed_puzzles_round_trip(made, key):
-    task = TASK[key]
-    x = made[key]["easy"].x[0]
-    y = made[key]["easy"].y[0]
-    again, solution = task.parse(f" {task.text(x)}\n")
-    assert (again == x).all() and (solution == y).all()
-
-    picture = task.show(x, y, lambda i, text: f"<{text}>")
-    assert picture.count("<") == {"chess": 2, "squares": 2, "bits": 32}.get(key, (x == 0).sum())
-    assert symbols_of(picture) == symbols_of(task.show(x, y)) != symbols_of(task.show(x))
-    assert picture.isascii()
-    assert ("mate" if key in ("chess", "squares") else "solved") in task.verdict(task.text(x), y)
-    assert task.verdict(task.text(x), y[::-1]) != task.verdict(task.text(x), y)
-
-
-def test_the_examples_in_the_docstrings_are_right():
-    x, y = BITS.parse("1101")
-    assert x.tolist() == [2, 1, 1, 0, 1] and y.tolist() == [0, 1, 0, 0, 1]
-    x, y = SUDOKU[4].parse("1.3. .4.. 2..3 ..2.")
-    assert "".join(map(str, x)) == "1030040020030020" and "".join(map(str, y)) == ANSWER
-
-    x, y = CHESS.parse("7k/8/5KQ1/8/8/8/8/8 w - - 0 1")
-    assert {chess.square_name(i): x[i] for i in np.flatnonzero(x)} == {"f6": 6, "g6": 5, "h8": 12}
-    assert {chess.square_name(i): y[i] for i in np.flatnonzero(y)} == {"g6": 1, "g7": 2}
-
-
-def test_pictures_show_boxes_and_brackets():
-    x, y = SUDOKU[4].parse(QUESTION)
-    assert SUDOKU[4].show(x).splitlines()[0] == "1 . | 3 ."
-    assert SUDOKU[4].show(x).splitlines()[2] == "----+----"
-    assert SUDOKU[4].show(x, y).splitlines()[4] == "4 3 | 2 1"
-    fen = "7k/8/5KQ1/8/8/8/8/8 w - - 0 1"
-    picture = CHESS.show(*CHESS.parse(fen)).splitlines()
-    assert picture[0].split() == [".", ".", ".", ".", ".", ".", ".", "k"]
-    assert picture[1].split()[6] == "[.]" and picture[2].split()[6] == "(Q)"
-    assert BITS.show(*BITS.parse("1101")) == "bits  1101\nsums  1001"
-
-
-# -----------------------------------------------------------------------------
-# theory.py
 
 def failed(rows):
     return [row for row in rows if not row.passed]
@@ -2701,7 +2715,6 @@ SLOW_CLAIMS = [
     ("R2", {"norms": ("pre",)}), ("R3", {"norms": ("peri",)}), ("R7", {"loops": 400}), ("I1", {}),
     ("I3", {}), ("G2", {}), ("G3", {"loops": 200}), ("axes", {"blocks": 1}),
 ]
-
 # one ingredient of each claim is broken
 BROKEN_CLAIMS = [
     ("R1", {"judge": "external"}), ("R2", {"norms": ("outer",)}), ("R3", {"norms": ("outer",)}),
@@ -2821,7 +2834,9 @@ def test_each_axis_asks_for_each_of_its_parts(name, broken, expected, monkeypatc
     assert theory.axes_of(f, 0, 500) == expected
 
 
-# the tools, against closed forms
+# --------------------------------------------------------------------------------------------------
+# theory.py: the tools, against closed forms
+
 
 @pytest.mark.parametrize("value, bound, passes", [
     (1.05, {"equals": 1, "within": 0.1}, True), (1.2, {"equals": 1, "within": 0.1}, False),
@@ -2952,7 +2967,9 @@ def test_tanh_path_ends_in_fixed_points_of_both_signs():
     assert torch.allclose(s[0], -s[-1], atol=1e-9) and s[0].norm() > 1
 
 
-# trained runs
+# --------------------------------------------------------------------------------------------------
+# theory.py: trained runs
+
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
@@ -3062,7 +3079,9 @@ def test_a_run_on_files_is_measured_on_those_files(tmp_path):
     assert x.tolist() == data.splits(CHESS, 0, 0, 0, 2, 0, path)["easy"].x.tolist()
 
 
-# the command line
+# --------------------------------------------------------------------------------------------------
+# theory.py: the command line
+
 
 def test_table_json_and_exit_codes(tmp_path, capsys, monkeypatch):
     out = tmp_path / "table.json"
@@ -3094,7 +3113,7 @@ def test_a_bad_place_or_name_fails_before_any_work(tmp_path, capsys, monkeypatch
         fails(capsys, argv, main=theory.main)
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # assets/results.py
 
 ASSETS = Path(looped.__file__).resolve().parent / "assets"
@@ -3109,7 +3128,6 @@ def load_script(path):
 
 
 results = load_script(ASSETS / "results.py")
-
 SEEDS = ("internal-outer-seed0", "internal-outer-seed1", "internal-outer-seed2")
 SINGLE = "external-gru-seed0"
 
