@@ -758,8 +758,9 @@ def phrases(raw):
 
     # ... and how many of its strings stop by themselves
     halt = result["halting"]["hard"]
-    said.append(f"{halt['exact']:.3f} solved when each stops by itself: "
-                f"{halt['converged']:.0%} converge, {halt['loops']:.0f} loops")
+    converged = round(halt["converged"] * halt["n"])
+    said.append(f"{halt['exact']:.3f} solved when each stops by itself: {converged} converge, "
+                f"{halt['loops']:.0f} loops")
 
     # ... and of the same command without recall, and with pre norm
     groups = find_groups(raw, ["current/variants/*"])
