@@ -53,8 +53,8 @@ class UserError(ValueError):
 
 @dataclass
 class Puzzles:
-    """x [N, L] token ids and y [N, L] labels, both uint8; rating [N], the difficulty: in files it
-    decides the level, otherwise it is only shown.
+    """x [N, L] token ids and y [N, L] labels, both uint8; rating [N], the difficulty, which decides
+    the level (of strings their length does).
 
     Indexed by an int, or in a for loop, it gives single puzzles: x [L], y [L], one rating.
     """

@@ -1,8 +1,8 @@
 """looped.py: looped transformers with recall and outer normalization, in one file.
 
-One transformer block is applied again and again to a state. Does looping longer at test time
-solve harder problems than those trained on? "Stability and Generalization in Looped Transformers"
-(arXiv 2604.15259), the paper below, looks for the answer in the fixed points of the loop:
+One transformer block (or a few) is applied again and again to a state. Does looping longer at test
+time solve harder problems than those trained on? "Stability and Generalization in Looped
+Transformers" (arXiv 2604.15259), the paper below, looks for the answer in the fixed points:
 
     reachability        does the state come to rest?
     input-dependence    does the point of rest still depend on the input?
@@ -319,7 +319,8 @@ def carry_loss(model, batch, carry):
     Each optimizer step goes on with a batch of half-finished puzzles: cfg.grad_loops loops, all
     with gradient, and then the loss. The states are detached and carried over to the next step,
     until a puzzle has had cfg.loops loops (rounded up to whole optimizer steps); then a new one
-    takes its place.
+    takes its place. With cfg.grad_loops = cfg.loops, as in chess, that is so in each step: nothing
+    is carried, and nothing cut off.
 
     Why old states will do: near a fixed point that attracts, where the spectral radius (the largest
     |eigenvalue|) of the Jacobian dh_{t+1}/dh_t is below 1, the state forgets where it came from. So

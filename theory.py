@@ -763,8 +763,8 @@ def i2(seed, quick, recall_scale=0.0):
       |lambda| >= 1   almost none converges, but for
       lambda = 1      of e one number is kept, its part along the dominant eigenvector; but then
                       the fixed points are a whole line (the control), and 1 +- 1e-4 undoes it
-    tanh networks, symmetric or not, along a path of inputs: the limit jumps, once or a few times,
-    and stands still in between.
+    tanh networks, symmetric or not, along a path of inputs: the limit jumps, at least once, and
+    stands still in between.
     """
     yield from linear_loops(seed)
     yield from tanh_loops(seed, quick, recall_scale)
@@ -1123,9 +1123,9 @@ def g6(seed, quick, norm="outer"):
     if rho(J*) < 1. Without a fixed point there is no such rate: under pre norm with internal recall
     all loops count about alike, so that the last 10 of 60 leave out 50 of 60.
 
-    With two or three loops, as in carry_loss, what is left out is not small: it is in the note (at
-    26 seeds 0.08 to 0.35), and more where recall is weaker (--ckpt measures it on trained models).
-    That carry_loss trains well in spite of it is not explained by this.
+    With two or three loops (carry_loss has three by default) what is left out is not small: it is
+    in the note (at 26 seeds 0.08 to 0.35), and more where recall is weaker (--ckpt measures it on
+    trained models). That carry_loss trains well in spite of it is not explained by this.
     """
     width = SMALL if quick else LARGE
     f = untrained(seed, norm, "internal", width, inputs=1, gain=STRONG)

@@ -225,7 +225,7 @@ def runs_table(raw, *patterns):
     return markdown(head, rows)
 
 
-# what the two levels of a task are, in a few words; `python data.py` says it in full
+# what the two levels of a task are, in a few words; `levels` in data.py says it in full
 FRONT = {
     "prefix_sums": ("prefix sums", "32 bits", "512 bits"),
     "sudoku6": ("sudoku 6x6", "a solver need not guess", "it has to guess"),
@@ -747,45 +747,52 @@ def all_runs(raw, pattern):
 
 
 def phrases(raw):
-    """The numbers that the front page states in prose, as it states them -> [str]."""
-    # the output of the main command: three rows of its table
+    """Yield the numbers that the front page states in prose, as it states them."""
+    yield from main_command_phrases(raw)
+    yield from grid_phrases(raw)
+    yield from fixed_point_phrases(raw)
+
+
+def main_command_phrases(raw):
+    """The output of the main command: three rows of its table, and what stops by itself."""
     result = read_json(raw / "quickstart/eval.json")
-    said = []
     for t in ("32", "256", "500"):
         easy, hard = result["easy"][t], result["hard"][t]
         row = f"{t} | {easy['exact']:.3f} {easy['residual']:.1e}"
-        said.append(f"{row} | {hard['exact']:.3f} {hard['residual']:.1e}")
+        yield f"{row} | {hard['exact']:.3f} {hard['residual']:.1e}"
 
-    # ... and how many of its strings stop by themselves
     halt = result["halting"]["hard"]
     converged = round(halt["converged"] * halt["n"])
-    said.append(f"{halt['exact']:.3f} solved when each stops by itself: {converged} converge, "
-                f"{halt['loops']:.0f} loops")
+    yield (f"{halt['exact']:.3f} solved when each stops by itself: {converged} converge, "
+           f"{halt['loops']:.0f} loops")
 
-    # ... and of the same command without recall, and with pre norm
+    # the same command without recall, and with pre norm
     groups = find_groups(raw, ["current/variants/*"])
     for cell in ("none-outer", "internal-pre"):
         easy, hard = [hits_of(groups[cell], level) for level in LEVELS]
-        said.append("{} of {} strings of 32 bits, and {} of {} of 512".format(*easy, *hard))
+        yield "{} of {} strings of 32 bits, and {} of {} of 512".format(*easy, *hard)
 
+
+def grid_phrases(raw):
+    """What recall, norm and protocol do."""
     # what a stack of blocks solves of the easy puzzles, beside a loop in chess
     shares = [np.mean([run.exact("easy") for run in all_runs(raw, f"grid/{pattern}")])
               for pattern in ("prefix_sums/fixed-pre-*", "sudoku6/fixed-pre-*",
                               "chess/fixed-pre-*", "chess/*ternal-outer-*")]
-    said.append("of the easy ones {:.2f} (strings), {:.2f} (6x6) and {:.2f} (chess; loops: "
-                "{:.2f})".format(*shares))
+    yield ("of the easy ones {:.2f} (strings), {:.2f} (6x6) and {:.2f} (chess; loops: "
+           "{:.2f})".format(*shares))
 
     # boards, tried again
     shares = [np.mean([run.halting("hard")["exact"] for run in all_runs(raw, pattern)])
               for pattern in ("current/sudoku6/internal-*", "current/sudoku9/internal-*")]
-    said.append("`--tries 10` solves {:.3f} of the hard 6x6 and {:.3f} of the hard 9x9 "
-                "boards".format(*shares))
+    yield ("`--tries 10` solves {:.3f} of the hard 6x6 and {:.3f} of the hard 9x9 "
+           "boards".format(*shares))
 
     # without recall
     hard = [run.exact("hard") for run in all_runs(raw, "grid/prefix_sums/none-*")]
     some = [share for share in hard if share > 0]
-    said.append(f"{len(some)} of {len(hard)} such runs on strings (4 norms) solve at least one of "
-                f"256 bits, the best {max(hard):.2f} of them")
+    yield (f"{len(some)} of {len(hard)} such runs on strings (4 norms) solve at least one of "
+           f"256 bits, the best {max(hard):.2f} of them")
 
     # 9x9 boards that are forgotten
     boards = find_groups(raw, ["grid/sudoku9/*"])
@@ -793,7 +800,7 @@ def phrases(raw):
                           "and {:.2f}"),
                          ("internal-pre", "{:.2f} of the hard boards after 64 loops, {:.2f}")):
         shares = dict(zip(*mean_curve(boards[cell], "hard"), strict=True))
-        said.append(phrase.format(shares[64], shares[512]) + " after 512")
+        yield phrase.format(shares[64], shares[512]) + " after 512"
 
     # the most that a cell loses by looping on
     lost = {"external-outer": [], "internal-outer": [], "external-pre": []}
@@ -804,8 +811,8 @@ def phrases(raw):
             lost[cell].append(max(means) - means[-1])
     most = {cell: math.ceil(1e3 * max(by_task)) / 1e3 for cell, by_task in lost.items()}
     outer = max(most["external-outer"], most["internal-outer"])
-    said.append(f"no entry of the table loses more than {outer:.3f} (external recall with pre "
-                f"norm: {most['external-pre']:.3f})")
+    yield (f"no entry of the table loses more than {outer:.3f} (external recall with pre "
+           f"norm: {most['external-pre']:.3f})")
 
     # internal against external recall, paired by seed
     for folder, ones, others in (("wide/sudoku9", "internal-outer", "external-outer"),
@@ -815,23 +822,26 @@ def phrases(raw):
         pairs = pair_by_seed(groups[ones], groups[others])
         gaps = [one.exact("hard") - other.exact("hard") for one, other in pairs]
         mean, half = mean_difference(gaps)
-        said.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
+        yield f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
     # the paper's own protocol
     groups = find_groups(raw, ["wide/paper/prefix_sums/*"])
     hits = {cell: "{} of {}".format(*hits_of(runs, "hard")) for cell, runs in groups.items()}
-    said.append(f"solves {hits['internal-pre']} with pre norm, and {hits['internal-outer']} with "
-                "outer norm")
+    yield (f"solves {hits['internal-pre']} with pre norm, and {hits['internal-outer']} with "
+           "outer norm")
 
+
+def fixed_point_phrases(raw):
+    """Gradients, the axes, and whether what is at rest is right."""
     # what truncated backpropagation leaves out
     left_out = {record["run"]: record["left_out_3_6_10"][0]
                 for record in read_json(raw / "horizon/left-out.json")}
     shares = [left_out[f"{name}.pt"] for name in ("prefix_sums", "sudoku6", "sudoku9")]
-    said.append("off by {:.2f} on strings, {:.2f} on 6x6 and {:.2f} on 9x9".format(*shares))
+    yield "off by {:.2f} on strings, {:.2f} on 6x6 and {:.2f} on 9x9".format(*shares)
     six = all_runs(raw, "horizon/sudoku9/6loops-4000steps-*")
     three = all_runs(raw, "current/sudoku9/internal-*")
     hard = [f"{run.exact('hard'):.2f}" for run in six + three]
-    said.append("{}, {}, {} solved; by default {}, {}, {}".format(*hard))
+    yield "{}, {}, {} solved; by default {}, {}, {}".format(*hard)
 
     # how the axes rank the runs, and how recall does
     ranked = {"held": [], "has_recall": []}
@@ -840,8 +850,8 @@ def phrases(raw):
                    for record in runs]
         for key, values in ranked.items():
             values.append(spearman(column(records, key), column(records, "hard")))
-    said.append("by {:.2f} on strings, {:.2f} on 6x6, {:.2f} in chess".format(*ranked["held"]))
-    said.append("recall or none alone: {:.2f}, {:.2f}, {:.2f}".format(*ranked["has_recall"]))
+    yield "by {:.2f} on strings, {:.2f} on 6x6, {:.2f} in chess".format(*ranked["held"])
+    yield "recall or none alone: {:.2f}, {:.2f}, {:.2f}".format(*ranked["has_recall"])
 
     # what converges, and is right
     for pattern, levels, what in (("current/to-2048/sudoku6/*", LEVELS, "6x6 boards"),
@@ -849,8 +859,7 @@ def phrases(raw):
                                   ("current/chess/*", ["easy"], "mates in one")):
         runs = all_runs(raw, pattern)
         right = halted(runs, levels, "converged_and_right")
-        said.append(f"{right:,} of {halted(runs, levels, 'converged'):,} {what}")
-    return said
+        yield f"{right:,} of {halted(runs, levels, 'converged'):,} {what}"
 
 
 def write(raw, files):
