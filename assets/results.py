@@ -843,6 +843,13 @@ def fixed_point_phrases(raw):
     hard = [f"{run.exact('hard'):.2f}" for run in six + three]
     yield "{}, {}, {} solved; by default {}, {}, {}".format(*hard)
 
+    # chess by a gradient through all loops, and by several blocks
+    easy = {name: np.mean([run.exact("easy") for run in runs])
+            for name, runs in find_groups(raw, ["horizon/chess/*"]).items()}
+    yield "({:.2f} and {:.2f} of mates in one)".format(
+        easy["pilot-1block-6loops-1000steps"], easy["1block-2of8loops-6000steps"])
+    yield f"({easy['pilot-2blocks-3loops-1000steps']:.2f} of mates in one, 1,000 steps, one seed)"
+
     # how the axes rank the runs, and how recall does
     ranked = {"held": [], "has_recall": []}
     for task in ("prefix_sums", "sudoku6", "chess"):
