@@ -3556,6 +3556,7 @@ def test_curve_draws_a_picture_of_one_run(raw):
 @pytest.mark.parametrize("name, puzzle", [
     ("prefix_sums", "1101" * 8),
     ("sudoku9", results.BOARD),
+    ("chess", "r1bqkbnr/pppp1ppp/2n5/4p2Q/2B1P3/8/PPPP1PPP/RNB1K1NR w - - 0 1"),
 ])
 def test_the_weights_in_assets_solve_what_the_front_page_shows(name, puzzle):
     model, cfg = looped.load(ASSETS / f"{name}.pt")
