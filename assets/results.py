@@ -734,8 +734,7 @@ def read_blocks(path, raw):
 
     fresh_text = BLOCK.sub(refill, text)
     marks = re.findall(r"^ *<!-- *(?:table|end)\b", text, re.M)
-    nested = any("<!-- table " in old for _, old, _ in blocks)
-    if len(marks) != 2 * len(blocks) or nested:
+    if len(marks) != 2 * len(blocks):
         raise UserError(f"{path}: each <!-- table ... --> needs its own <!-- end -->, both on "
                         "lines of their own")
     return text, fresh_text, blocks
