@@ -32,7 +32,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -363,10 +362,14 @@ class PrefixSums(Task):
 UNITS = ((2, 3), (0, 1), (1, 3))
 
 
+def all_digits(box):
+    """The candidates of a blank cell: every digit is possible."""
+    return np.uint16((1 << box[0] * box[1]) - 1)
+
+
 def deduce(cand, box):
     """One round of naked, then hidden singles -> new candidates [L, M], contradiction found [M]."""
     height, width = box
-    full = np.uint16((1 << height * width) - 1)         # all digits
     # boxes have height x width cells, so there are `width` bands and `height` stacks; g is cand as
     # [band, row in band, stack, column in stack, board]
     g = cand.reshape(width, height, height, width, -1)
@@ -393,7 +396,7 @@ def deduce(cand, box):
         for cell in itertools.chain(*cells):
             twice |= once & cell
             once |= cell
-        bad |= np.bitwise_and.reduce(once, (0, 1)) ^ full               # a digit nowhere in a unit
+        bad |= np.bitwise_and.reduce(once, (0, 1)) ^ all_digits(box)    # a digit nowhere in a unit
         hidden |= np.expand_dims(once & ~twice, unit)
     hidden &= g
     bad |= np.bitwise_or.reduce(hidden & (hidden - 1), (0, 1, 2, 3))     # two of them in a cell
@@ -484,7 +487,7 @@ def solved_grids(rng, N, box):
     are equally likely.
     """
     n = box[0] * box[1]
-    blank = np.uint16((1 << n) - 1)             # every digit is a candidate
+    blank = all_digits(box)
     cand = np.full((n * n, N), blank)
     while True:
         new, dead = deduce(cand, box)
@@ -511,7 +514,7 @@ def remove_clues(rng, grid, box, keep):
     keep [N] clues, or when every clue that is left is needed.
     """
     L, N = grid.shape
-    blank = np.uint16((1 << box[0] * box[1]) - 1)       # every digit is a candidate
+    blank = all_digits(box)
     puzzle = grid.copy()
     clues = np.full(N, L)
     for cell in rng.random((L, N)).argsort(0):          # cell [N]: another one for each board
@@ -637,7 +640,7 @@ class Sudoku(Task):
 
     def prove(self, x):
         """x [N, L] -> solutions [N, L], and N reasons why x is no puzzle, "" where it is one."""
-        bits = np.array([(1 << self.side) - 1] + [1 << d for d in range(self.side)], np.uint16)
+        bits = np.array([all_digits(self.box)] + [1 << d for d in range(self.side)], np.uint16)
         found, solution, _ = solve(bits[x].T, self.box)
 
         reasons = np.array(["no solution", "", "several solutions"], object)[found]
@@ -1123,7 +1126,7 @@ def slow_chunks(task, seed, cache):
     """Yield the chunks of a seed from the cache, and then from all cores."""
     options = "".join(f"-{name}_{value}" for name, value in asdict(task).items())
     folder = cache / f"{task.name}{options}-seed_{seed}-{code_hash()}"
-    job = partial(cached_chunk, task, seed, folder)
+    job = functools.partial(cached_chunk, task, seed, folder)
 
     # chunk 0 and cached ones come from this process; workers are started only for what is left
     for index in itertools.count():
@@ -1440,7 +1443,7 @@ def print_puzzles(task, args):
 def main(argv=None):
     """The command line -> exit code."""
     task, args = parse(argv)
-    return run("data.py", partial(print_puzzles, task, args))
+    return run("data.py", functools.partial(print_puzzles, task, args))
 
 
 if __name__ == "__main__":
