@@ -25,12 +25,12 @@ norm?) and in carry_loss (how to train a loop without unrolling all of it). Nota
     x, y [B, L]  token ids and labels of B puzzles of L tokens ([N, L]: of a whole set)
     e [B, L, D]  embedded input, D channels wide
     h [B, L, D]  state; h_0 = e
-    r [B, L, D]  W_e e, what recall adds in every loop, after a map W_h of what it is added to
+    r [B, L, D]  W_e e; recall makes W_h u + r of what it acts on, in every loop
     N(u)         g * u / rms(u) for each token, with a learned gain g (RMSNorm)
     F(u)         a sub-layer, attention or MLP (in the code F is torch.nn.functional)
 
 A loop is one call of LoopedTransformer.step. Everywhere else a step, as in --steps, is one update
-of the weights; by default each puzzle of the batch has a few more loops in it.
+of the weights.
 cfg is a Config (below): every field is an option of the command line. The puzzles are in data.py. A
 Task there has a loss (cross-entropy of the tokens), predict (logits -> labels), scored (the tokens
 that are asked for), augment and rename (a random symmetry).
@@ -41,7 +41,6 @@ before strings (added by data.py), an embedding for each cell of a board (--posi
 import argparse
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -80,11 +79,11 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(grid, head_dim, base, like):
-    """cos and sin [L, 1, head_dim / 2] of RoPE (arXiv 2104.09864), an angle for a pair of channels.
+    """cos and sin [L, 1, head_dim / 2] of RoPE (arXiv 2104.09864), one angle per pair of channels.
 
-    Each axis of the grid has k = head_dim / (2 * axes) pairs: on a board half of them turn with the
-    row, the others with the column. Pair j of an axis turns by p * base ** (-j / k) at place p.
-    Device and dtype are those of the tensor `like`.
+    Each axis of the grid (on a board: row, column) turns k = head_dim / (2 * axes) of the pairs;
+    pair j of an axis turns by p * base ** (-j / k) at place p. Device and dtype are those of the
+    tensor `like`.
     """
     k = head_dim // (2 * len(grid))
     options = {"device": like.device, "dtype": like.dtype}
@@ -212,7 +211,7 @@ class LoopedTransformer(nn.Module):
         D = cfg.width
 
         self.tok_emb = nn.Embedding(self.task.vocab, D)
-        # the size of e relative to h sets the strength of recall, so it is set here
+        # the size of e, against that of h, sets how strong recall is at first
         with torch.no_grad():
             self.tok_emb.weight *= cfg.embed_rms / self.tok_emb.weight.square().mean().sqrt()
 
@@ -239,14 +238,14 @@ class LoopedTransformer(nn.Module):
             e = e + self.pos_emb
         return e
 
-    def recall(self, e):
+    def recall_term(self, e):
         """e [B, L, D] -> r [B, L, D], what recall adds in every loop; None without recall."""
         if self.cfg.recall == "none":
             return None
         return self.W_e(e)
 
     def step(self, h, r):
-        """One loop: h [B, L, D], r from recall() -> h [B, L, D].
+        """One loop: h [B, L, D], r from recall_term() -> h [B, L, D].
 
         Both choices of the paper are made here: where does the input come in again, and where is
         the norm? Under autocast to bf16 the state stays in fp32: a sum h + f is fp32 because h is;
@@ -268,8 +267,6 @@ class LoopedTransformer(nn.Module):
                     u = block.norm_in(h)                # u <- N(h)
                 if recall == "internal":
                     u = self.W_h(u) + r                 # u <- W_h u + W_e e
-                elif recall not in ("none", "external"):
-                    raise ValueError(f"recall {recall!r} has no branch in LoopedTransformer.step")
                 f = sublayer(u)
 
                 # how its output joins the state
@@ -298,7 +295,7 @@ class LoopedTransformer(nn.Module):
         -> logits [B, L, classes]; h [B, L, D] after the last loop; old [B, L, D], h before it.
         """
         e = self.embed(x)
-        r = self.recall(e)
+        r = self.recall_term(e)
         if h is None:
             h = e
         elif restart is not None:
@@ -319,16 +316,15 @@ def carry_loss(model, batch, carry):
     Each optimizer step goes on with a batch of half-finished puzzles: cfg.grad_loops loops, all
     with gradient, and then the loss. The states are detached and carried over to the next step,
     until a puzzle has had cfg.loops loops (rounded up to whole optimizer steps); then a new one
-    takes its place. With cfg.grad_loops = cfg.loops, as in chess, that is so in each step: nothing
-    is carried, and nothing cut off.
+    takes its place. With cfg.grad_loops = cfg.loops, as in chess, each step finishes its puzzles:
+    nothing is carried, and nothing cut off.
 
     Why old states will do: near a fixed point that attracts, where the spectral radius (the largest
     |eigenvalue|) of the Jacobian dh_{t+1}/dh_t is below 1, the state forgets where it came from. So
-    a state that slightly older weights have made is as good a start as any, and what is cut off,
-    the gradient through the loops of earlier steps, shrinks geometrically, loop by loop. Where this
-    does not hold: without recall the puzzle is known from h_0 only, which the state must therefore
-    not forget; and where states are seldom at rest, as on 9x9 boards, what is cut off is large
-    (theory.py --ckpt measures it).
+    a state that slightly older weights have made is as good a start as any. Not so without recall:
+    the puzzle is then known from h_0 only, which the state must not forget. What is cut off, the
+    gradient through the loops of earlier steps, is not small (theory.py --ckpt measures it), and
+    why training mostly works all the same is not explained.
 
     The task's loss alone does not bring a state to rest: it may go round for ever among states that
     all give the right answer. So the loss has a rest term: cfg.rest times the motion of the last
@@ -360,8 +356,8 @@ def carry_loss(model, batch, carry):
 def start_carry(model, batch):
     """The first carry: new puzzles, all at h_0 = e."""
     x, y = batch
-    # made-up ages: with equal ones all puzzles would be replaced in the same step, instead of as
-    # many in each. The price: most of this first batch get fewer loops
+    # made-up ages, so that each step replaces about as many puzzles: with equal ones all would go
+    # at once. The price: most of this first batch get fewer loops
     age = torch.arange(len(x), device=x.device) * model.cfg.loops // len(x)
     return {"x": x, "y": y, "h": model.embed(x).detach(), "age": age}
 
@@ -421,7 +417,7 @@ class Config:
     bits: int = option(32, "bits of an easy string", tasks=("prefix_sums",))
     hard_bits: int = option(512, "bits of a hard string", tasks=("prefix_sums",))
     side: int = option(9, "side of the board", (4, 6, 9), tasks=("sudoku",))
-    marks: str = option("from_to", "the move's squares as two classes, or as one",
+    marks: str = option("from_to", "label the two squares of a move as from and to, or alike",
                         ("from_to", "squares"), tasks=("chess",))
     n_train: int = option(None, "puzzles to train on")
     n_val: int = option(256, "easy puzzles that pick the checkpoint, and nothing else")
@@ -538,7 +534,7 @@ class Config:
 # -----------------------------------------------------------------------------
 # defaults of the tasks, and the author's protocol
 
-# those of 9x9 sudoku, and what the others leave open; a puzzle gets its 30 loops in 10 steps
+# COMMON: 9x9 sudoku, and what DEFAULTS leaves open; a puzzle gets its 30 loops in 10 steps
 COMMON = dict(n_train=20000, n_hard=256, window=0, blocks=1, loops=30, grad_loops=3, steps=8000,
               lr=4e-3, eval_loops=512, damping=0.25)
 DEFAULTS = {
@@ -690,17 +686,19 @@ def train(cfg, model, sets, out, checkpoint=None):
     optimizers = configure_optimizers(model, cfg)
     rng = torch.Generator(device).manual_seed(cfg.seed)
     # what a checkpoint holds of a run, besides model and optimizers; seconds of training alone
-    run = {"step": 0, "seconds": 0.0, "carry": None, "best": clone_weights(model), "best_val": -1.0}
+    saved = {
+        "step": 0, "seconds": 0.0, "carry": None, "best": clone_weights(model), "best_val": -1.0
+    }
     if checkpoint is not None:
-        run = {name: checkpoint[name] for name in run}
+        saved = {name: checkpoint[name] for name in saved}
         restore(checkpoint, model, optimizers, rng)
     if cfg.train != "progressive":      # all other losses carry states from step to step
-        if run["carry"] is None:
+        if saved["carry"] is None:
             batch = get_batch(task, x_all, y_all, cfg.batch, rng)
-            run["carry"] = start_carry(model, batch)
-        run["carry"] = {name: tensor.to(device) for name, tensor in run["carry"].items()}
+            saved["carry"] = start_carry(model, batch)
+        saved["carry"] = {name: tensor.to(device) for name, tensor in saved["carry"].items()}
 
-    first_step = run["step"]
+    first_step = saved["step"]
     start = time.time()
     interval_start = start
     timed_steps = 0
@@ -715,7 +713,7 @@ def train(cfg, model, sets, out, checkpoint=None):
         # forward, backward, clip, step
         batch = get_batch(task, x_all, y_all, cfg.batch, rng)
         with autocast:
-            loss, run["carry"] = compute_loss(model, batch, run["carry"], rng)
+            loss, saved["carry"] = compute_loss(model, batch, saved["carry"], rng)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         for optimizer in optimizers:
@@ -724,14 +722,15 @@ def train(cfg, model, sets, out, checkpoint=None):
 
         # validate, save and log now and then, and after the last step
         steps_done = step + 1
-        run["step"] = steps_done
+        saved["step"] = steps_done
         timed_steps += 1
         is_eval_step = steps_done % cfg.eval_every == 0 or steps_done == cfg.steps
         if not is_eval_step:
             continue
         loss = loss.item()          # waits for a GPU, so that the time is right
-        step_seconds = (time.time() - interval_start) / timed_steps
-        run["seconds"] += time.time() - interval_start
+        elapsed = time.time() - interval_start
+        ms = 1e3 * elapsed / timed_steps
+        saved["seconds"] += elapsed
         # 0.0: puzzles at rest go on (see run_loop), so that the batch keeps its size; a compiled
         # step would be compiled again for each smaller one
         val = evaluate(model, *sets["val"], [cfg.loops], freeze_below=0.0)[cfg.loops]
@@ -743,20 +742,20 @@ def train(cfg, model, sets, out, checkpoint=None):
                             f"lower --lr{again}", exit_code=1)
 
         # keep the best on validation, of equal ones the latest; the test sets are never used
-        if val["exact"] >= run["best_val"]:
-            run["best_val"] = val["exact"]
-            run["best"] = clone_weights(model)
-        save_checkpoint(out, run | {        # all that is needed to resume
+        if val["exact"] >= saved["best_val"]:
+            saved["best_val"] = val["exact"]
+            saved["best"] = clone_weights(model)
+        save_checkpoint(out, saved | {        # all that is needed to resume
             "config": dataclasses.asdict(cfg), "model": model.state_dict(),
             "optimizers": [o.state_dict() for o in optimizers], "rng": rng.get_state(),
         })
         log(out, {
             "step": steps_done, "loss": loss, "exact": val["exact"], "residual": val["residual"],
-            "grad_norm": grad_norm.item(), "lr": lr, "ms": 1e3 * step_seconds,
+            "grad_norm": grad_norm.item(), "lr": lr, "ms": ms,
         })
         left = (time.time() - start) / (steps_done - first_step) * (cfg.steps - steps_done)
-        print(f"step {steps_done:6d} | loss {loss:.4f} | val exact {val['exact']:.3f} | "
-              f"lr {lr:.1e} | {1e3 * step_seconds:4.0f} ms | {data.clock(left)} left", flush=True)
+        print(f"step {steps_done:6d} | loss {loss:.4f} | val solved {val['exact']:.3f} | "
+              f"lr {lr:.1e} | {ms:4.0f} ms | {data.clock(left)} left", flush=True)
         interval_start = time.time()
         timed_steps = 0
 
@@ -785,15 +784,15 @@ ROUNDING = 2e-6
 def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
     """Loop puzzles x [N, L] from h_0 = e -> yields t, h_t [N, L, D], residual [N] for t = 1, 2, ...
 
-    residual: how far loop t moved a puzzle, the largest |step(h) - h| / |h| of its tokens, where h
-    is h_{t-1}. Once it is below freeze_below a puzzle is frozen: state and residual stay as they
-    are, at no more cost.
+    residual: the largest |step(h) - h| / |h| of a puzzle's tokens, where h is h_{t-1} (damping has
+    no part in it). Once it is below freeze_below a puzzle is frozen: state and residual stay as
+    they are, at no more cost.
     damping: h <- (1 - damping) step(h) + damping h, which has the same fixed points, and flips less
     around them.
     h and residual are written in place: clone what you keep.
     """
     e = model.embed(x)
-    r = model.recall(e)
+    r = model.recall_term(e)
     h = e.clone()
     residual = e.new_full((len(x),), math.inf)
     for t in range(1, max_loops + 1):
@@ -801,7 +800,7 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
         if len(moving) > 0:
             old = h[moving]
             new = model.step(old, None if r is None else r[moving])
-            residual[moving] = relative_change(new, old)    # of the step without damping
+            residual[moving] = relative_change(new, old)
             h[moving] = new.lerp(old, damping)
         yield t, h, residual
 
@@ -830,7 +829,7 @@ def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0, tries=1, generator=No
 
     x [N, L] of any integer type. With tries > 1 a puzzle that does not converge is tried again in
     a random symmetric form, `tries` in all: a board with its digits renamed and its rows and
-    columns in another order. The first try that converges counts, or else the first of all.
+    columns in another order. The first try that converges counts; if none does, the very first.
     (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
     generator: of the symmetric forms. progress(tried, tries) is called before each further try.
     -> logits [N, L, classes], loops used in all tries [N], converged [N].
@@ -857,7 +856,6 @@ def evaluate(model, x, y, counts, **options):
                           as the clues of a sudoku, have known labels too),
             "token":      share of scored tokens that are right, mean over puzzles,
             "residual":   largest |h_{t+1} - h_t| / |h_t| of a token, mean over puzzles,
-            "residual2":  the same for h_{t+2}; if small while residual is not: a two-cycle,
             "norm_ratio": |h_t| / |h_1|, mean over puzzles}}
     options: see evaluate_and_halt.
     """
@@ -871,7 +869,6 @@ def evaluate_and_halt(model, x, y, counts, progress=None, freeze_below=ROUNDING,
 
     The last three say what comes out where each puzzle stops by itself, as in solve(): once its
     residual is below tol, or else at the largest loop count. All of it in one pass over the loops.
-    A puzzle that moves less than freeze_below is looped no more: its residual2 is then 0.
     progress(done, N) is called now and then.
     """
     if min(counts) < 1:
@@ -904,13 +901,12 @@ def evaluate_chunk(model, x, y, counts, freeze_below, tol):
     scored = model.task.scored(x)
     last = max(counts)
     table = {t: {} for t in counts}
-    kept = {}
     used = torch.zeros(len(x), dtype=torch.long, device=x.device)
     converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
-    # two loops more than asked for: the residuals of the last count look ahead. And min, because a
-    # puzzle that is frozen above tol could never be seen to converge
-    for t, h, residual in run_loop(model, x, last + 2, freeze_below=min(freeze_below, tol)):
+    # one loop more than asked for, for the residual of the last count. And min, because a puzzle
+    # that is frozen above tol could never be seen to converge
+    for t, h, residual in run_loop(model, x, last + 1, freeze_below=min(freeze_below, tol)):
         if t == 1:
             first_norm = h.norm(dim=(1, 2))
             stopped_h = torch.empty_like(h)
@@ -919,13 +915,9 @@ def evaluate_chunk(model, x, y, counts, freeze_below, tol):
             table[t]["exact"] = right.all(-1).float()
             table[t]["token"] = (right & scored).sum(-1) / scored.sum(-1).clamp(min=1)
             table[t]["norm_ratio"] = h.norm(dim=(1, 2)) / first_norm
-            kept[t] = h.clone()
-        # the table looks ahead: the residual of count t - 1 is how far loop t has moved the state,
-        # residual2 of count t - 2 how far the last two loops together have moved it
+        # the table looks ahead: the residual of a count is how far the next loop moves the state
         if t - 1 in table:
             table[t - 1]["residual"] = residual.clone()
-        if t - 2 in table:
-            table[t - 2]["residual2"] = relative_change(h, kept.pop(t - 2))
 
         # what solve() returns: the state of the loop in which a puzzle stops by itself
         if t <= last:
@@ -1004,7 +996,7 @@ def print_table(cfg, levels, counts, result):
               f"  {solved:.3f} solved at {cfg.eval_loops} loops (95 % interval {low:.3f} to "
               f"{high:.3f}; best at {best} loops)\n"
               f"  {halt['exact']:.3f} solved {how}: "
-              f"{round(halt['converged'] * halt['n'])} converge, {halt['loops']:.0f} loops")
+              f"{round(halt['converged'] * halt['n'])} converge, {halt['loops']:.0f} loops each")
 
 
 @torch.inference_mode()
@@ -1022,15 +1014,15 @@ def watch(cfg, model):
         x, y = hard.x[0], hard.y[0]
         text = task.text(x)
 
-    shown = None            # the labels that were printed last; labels: those that are printed now
+    shown = None        # the labels that were printed last; the loop below sets `labels`, the new
 
-    def mark(i, text):
-        """The text of token i with a sign behind it."""
+    def mark(i, answer):
+        """The answer of token i with a sign behind it."""
         if shown is None or labels[i] != shown[i]:
-            return text + "~"
+            return answer + "~"
         if y is None:
-            return text + "="
-        return text + ("+" if labels[i] == y[i] else "x")
+            return answer + "="
+        return answer + ("+" if labels[i] == y[i] else "x")
 
     print("+ right   x wrong   ~ changed since it was last shown   = unchanged, truth unknown")
     if cfg.damping > 0:
@@ -1180,10 +1172,7 @@ def configure(given):
         base = {name: value for name, value in checkpoint["config"].items()
                 if name not in OF_ONE_CALL}
     elif given.get("preset") == "paper":
-        task = given.get("task", "prefix_sums")
-        if task in data.TASKS and task not in PAPER_PRESET:
-            raise UserError(f"--preset paper: {task} is no task of the paper")
-        base = PAPER_PRESET.get(task, {})
+        base = PAPER_PRESET.get(given.get("task", Config.task), PAPER)
     cfg = Config(**(base | given))
     check_options(given, cfg)
     if checkpoint is not None:
@@ -1200,7 +1189,7 @@ def check_options(given, cfg):
         if name in given and tasks and cfg.task not in tasks:
             raise UserError(f"--{name}: is an option of {', '.join(tasks)}, not of {cfg.task}")
     for name in ("rest", "grad_loops"):
-        if name in given and cfg.train != "carry":
+        if name in given and cfg.train == "progressive":
             raise UserError(f"--{name} is not for --train {cfg.train}: leave the option out")
     if cfg.watch and cfg.resume is None:
         raise UserError("--watch needs a trained model: --resume RUN")
@@ -1277,7 +1266,7 @@ def run_folder(run):
 def claimed_folder(cfg):
     """The folder to write to. Its log.jsonl claims it; UserError if another run has it.
 
-    A run that saves nothing gives it up at the end, so that the same command works again.
+    A run that fails before its first checkpoint gives it up: the same command then works again.
     """
     out = Path("out", f"{cfg.key}-{cfg.recall}-{cfg.norm}-seed{cfg.seed}")
     if cfg.out is not None:
@@ -1285,7 +1274,7 @@ def claimed_folder(cfg):
     elif cfg.resume is not None:
         out = run_folder(cfg.resume)
     out.mkdir(parents=True, exist_ok=True)
-    run = shlex.quote(str(out))
+    quoted = shlex.quote(str(out))
 
     own = (out / "ckpt.pt").resolve()
     resumes = cfg.resume is not None and checkpoint_path(cfg.resume).resolve() == own
@@ -1295,7 +1284,7 @@ def claimed_folder(cfg):
         except FileExistsError:
             way = "choose another --out (or delete it, if no run is using it)"
             if (out / "ckpt.pt").exists():
-                way = f"--resume {run} goes on with its run, --out DIR starts another"
+                way = f"--resume {quoted} goes on with its run, --out DIR starts another"
             raise UserError(f"{out} is taken: {way}") from None
 
     try:
@@ -1305,7 +1294,7 @@ def claimed_folder(cfg):
             (out / "log.jsonl").unlink(missing_ok=True)
         elif isinstance(error, KeyboardInterrupt):
             raise UserError("stopped; resume from the last validation with: python looped.py "
-                            f"--resume {run}", exit_code=130) from None
+                            f"--resume {quoted}", exit_code=130) from None
         raise
 
 
@@ -1339,6 +1328,7 @@ def run_training(cfg, checkpoint):
             torch._dynamo.config.cache_size_limit = 64      # one graph per shape and gradient mode
             # it recommends TF32, whose three digits would hide whether a state is at rest
             warnings.filterwarnings("ignore", message="TensorFloat32")
+            # bound to this model: a copy of it would loop with this one's weights
             model.step = torch.compile(model.step, dynamic=False)
 
         describe(cfg, model, sets, out, device)
@@ -1346,10 +1336,10 @@ def run_training(cfg, checkpoint):
         checkpoint, model = read_checkpoint(out, device)
         save_evaluation(cfg, checkpoint, model, sets, out)
 
-    run = shlex.quote(str(out))
+    quoted = shlex.quote(str(out))
     print("\nwatch it solve a hard puzzle, or yours with --puzzle:\n"
-          f"  python looped.py --watch --resume {run}\n"
-          f"draw the curve:\n  python assets/results.py curve {run}")
+          f"  python looped.py --watch --resume {quoted}\n"
+          f"draw the curve:\n  python assets/results.py curve {quoted}")
 
 
 def run_evaluation(cfg, checkpoint, model):
@@ -1396,7 +1386,7 @@ def execute(argv):
 
 def main(argv=None):
     """The command line -> exit code: 0, 1 for failed work, 2 for a bad request, 130 if stopped."""
-    return data.run("looped.py", functools.partial(execute, argv))
+    return data.run("looped.py", lambda: execute(argv))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ letters   h or s state   e embedded input   L tokens   D width   K loops   l a l
           sigma_min the least singular value; sigma alone is said where it is used
 """
 import copy
-import functools
 import itertools
 import json
 import math
@@ -197,7 +196,7 @@ class Loop:
         self.model = model
         self.e = e
         self.start = e.flatten(1)       # h_0 = e
-        self.r = model.recall(e)
+        self.r = model.recall_term(e)
 
     def __call__(self, h):
         return self.model.step(h.view(-1, *self.e.shape[1:]), self.r).flatten(1)
@@ -241,7 +240,7 @@ def per_token(h, f):
 
 
 def sensitivity(f, marks, seed):
-    """-> h_k and dh_k/de v for k in marks [len(marks), B, L D]; v random, |v| = 1."""
+    """-> h_k and dh_k/de v (h_0 = e moves, too) for k in marks [len(marks), B, L D]; |v| = 1."""
     v = F.normalize(rng(seed)(*f.start.shape))
     small = 1e-5                        # central differences: good to about 1e-10
     around = f.on(torch.cat((f.start, f.start + small * v, f.start - small * v)))
@@ -378,6 +377,7 @@ def r1(seed, quick, judge=None):
 
 def far_over_near(f):
     """-> largest |h| after 800 loops from 1e6 h_0, over |h| after 800 from h_0 = e."""
+    # 0.95^800 = 2e-18: where W_h decides, nothing is left of 1e6
     near = states(f, (800,))[0].norm(dim=-1)
     far = states(f, (800,), start=1e6 * f.start)[0].norm(dim=-1)
     return (far / near).max()
@@ -449,22 +449,21 @@ def r3(seed, quick, norms=("pre", "peri")):
     Derived here: h' = h + F(h, e) with bounded F, which reads h through norms only. The derivative
     of a norm falls like 1 / |h|, and so does J - I: far out one loop hardly changes the difference
     of two states (k loops by at most a power of k, if every token grows like k). That |h| grows
-    linearly and no state is at rest is seen, not proved. Successive states then differ by an angle
-    of at most |step| / |h| ~ 1 / k: their cosine goes to 1, which looks like convergence.
+    linearly, so that no state is at rest, is seen, not proved. Relative to the state a step then
+    falls like 1 / k, which looks like convergence.
     """
     width = SMALL if quick else LARGE
     K = 1000 if quick else 3200
 
     def run(norm, recall, **options):
-        """-> Loop, h_K, h_K+1, power of k in |h_k| between K / 2 and K."""
+        """-> Loop, h_K, power of k in |h_k| between K / 2 and K."""
         f = untrained(seed, norm, recall, width, inputs=2, **options)
-        half, h, after = states(f, (K // 2, K, K + 1))
-        power = (h.norm(dim=1) / half.norm(dim=1)).log2()
-        return f, h, after, power
+        half, h = states(f, (K // 2, K))
+        return f, h, (h.norm(dim=1) / half.norm(dim=1)).log2()
 
     for norm in norms:
         for recall in ("none", "internal"):
-            f, h, after, power = run(norm, recall)
+            f, h, power = run(norm, recall)
             worst = power[(power - 1).abs().argmax()]
 
             # J tends to the identity like 1 / |h|
@@ -475,9 +474,6 @@ def r3(seed, quick, norms=("pre", "peri")):
             name = f"{norm} + {recall}"
             # a random walk would give a power of 0.5, a limit 0: half of the way to it
             yield check(f"{name}: power of k in |h|", worst, equals=1, within=0.25)
-            # a state that grows straight on by the same step has K |step| = |h_K|
-            steps = K * (after - h).norm(dim=1) / h.norm(dim=1)
-            yield check(f"{name}: K |h_K+1 - h_K| / |h_K|, least", steps.min(), at_least=0.5)
             yield check(f"{name}: 100 |J - I| at 100 h / |J - I| at h", 100 * far / near, equals=1,
                         within=1e-2)
 
@@ -619,7 +615,8 @@ def r7(seed, quick, norm="outer", loops=1000):
         z = (off.to(p.dtype) @ p).abs()
         # where squares, and rounding, are small against it
         k = ((off.norm(dim=1) ** 2 < 1e-4 * z) & (z > 1e-12)).nonzero()[:, 0]
-        if len(k) >= 10 and len(k) == k[-1] - k[0] + 1:         # without a gap
+        # without a gap, and over by half of the loops: then the last state is h*, but for rounding
+        if len(k) >= 10 and len(k) == k[-1] - k[0] + 1 and k[-1] < loops / 2:
             rate = (z[k[-1]] / z[k[0]]).log() / (k[-1] - k[0])
             by_radius.append(radius(J).log() / rate)
             by_norm.append(torch.linalg.matrix_norm(J, 2).log() / rate)
@@ -673,18 +670,20 @@ def i1(seed, quick, zeroed=False):
     Recall plays no part in this: without it all inputs share one such set (I2), with it each input
     has its own.
 
-    The block ends in a norm, so it is not of that form. So its isolation is measured, without
-    recall: sigma_min(I - J) > 0 at all fixed points that Newton's method finds. Control: a zeroed
-    block, of which all states are fixed points.
+    Seen before its last norm the real block has this form, but its b, the last bias of the MLP, is
+    one for all tokens, and not any b. So its isolation is measured, without recall: at all fixed
+    points that Newton's method finds sigma_min(I - J) > 0. Control: a zeroed block, of which all
+    states are fixed points.
     """
     starts = 60 if quick else 200
     blocks = 3 if quick else 8
     sigma = [isolation(100 * seed + i, starts, zeroed) for i in range(blocks)]
-    note = "found in each: " + " ".join(str(len(found)) for found in sigma)
+    note = "fixed points found in each: " + " ".join(str(len(found)) for found in sigma)
     sigma = torch.cat(sigma)
     name = f"{blocks} blocks of width 8"
-    yield check(f"{name}: fixed points found", len(sigma), at_least=1, note=note)
-    yield check(f"{name}: least sigma_min(I - J)", min(sigma, default=math.nan), at_least=1e-8)
+    # roots are good to 1e-10 or so, and with them a sigma_min of 0
+    yield check(f"{name}: least sigma_min(I - J)", min(sigma, default=math.nan), at_least=1e-8,
+                note=note)
     continuum = isolation(100 * seed, starts, zeroed=True)
     yield control(f"zeroed block, {len(continuum)} fixed points: largest sigma_min(I - J)",
                   largest(continuum), at_most=1e-8)
@@ -694,9 +693,10 @@ def tanh_path(seed, recall_scale, n, loops, asymmetry=0.0):
     """Limits of s' = 0.8 s + 0.2 tanh(3 W s + recall_scale e) from s_0 = e; e goes from a to -a.
 
     -> places on the path [m], limits [m, 16] of those m of n inputs that converge. W is symmetric
-    (then all do: an energy falls in each loop, since 3 < (2 - 0.2) / 0.2) plus `asymmetry` times an
-    antisymmetric matrix. The loop is odd, so the limits at the two ends are opposite: if they are
-    not 0, something has to happen in between.
+    plus `asymmetry` times an antisymmetric matrix. (With 0 all converge: without recall, say, the
+    energy sum_i int_0^(s_i) atanh(t) dt - 1.5 s^T W s falls in each loop, since 3 < (2 - 0.2) /
+    0.2.) The loop is odd, so the limits at the two ends are opposite: if they are not 0, something
+    has to happen in between.
     """
     D = 16
     draw = rng(seed)
@@ -718,7 +718,7 @@ def tanh_path(seed, recall_scale, n, loops, asymmetry=0.0):
 
 def staircase(seed, recall_scale, n, loops):
     """tanh_path for three networks -> share of inputs that converge, and how far the limit moves
-    in each step from one input to the next."""
+    in each step from one of these inputs to the next."""
     shares = []
     steps = []
     for asymmetry in (0, 0.25, 0.5):
@@ -729,7 +729,10 @@ def staircase(seed, recall_scale, n, loops):
 
 
 def slides(steps):
-    """How many steps move the limit, but do not jump to another fixed point."""
+    """How many steps move the limit, but do not jump to another fixed point.
+
+    A step of --quick moves e itself by some 0.025, so a smooth limit by less than 0.1.
+    """
     return ((steps > 1e-9) & (steps < 0.1)).sum()
 
 
@@ -782,9 +785,9 @@ def linear_loops(seed):
         for rho in (0.5, 0.99, 1 - 1e-4, 1, 1 + 1e-4, 1.01, 2):
             A = matrix_with_top(rho * unit, draw)
 
-            # many loops at once, and whether one more still moves the state; what a rho below 1
-            # leaves of e is e^-60 = 9e-27 times the condition of A's eigenvectors, up to 1e6 or so;
-            # and 300, since the other parts fall by 0.9^300 = 2e-14 against the dominant one
+            # many loops at once, and whether one more still moves the state. exp(-60) = 9e-27 is
+            # what a rho below 1 leaves of the input, times the condition of A's eigenvectors, up to
+            # 1e6 or so; 300 more: other parts fall by 0.9^300 = 2e-14 against the dominant one
             loops = 600 if rho == 1 else 300 + math.ceil(60 / abs(math.log(rho)))
             h = e @ torch.linalg.matrix_power(A.T, loops)
             still = moved(h @ A.T, h) < CONVERGED
@@ -837,11 +840,9 @@ def i3(seed, quick, norm="outer"):
         # of a few inputs that converge a few limits would say nothing
         if share[-1] > 0.5:
             limits.append(distinct(h[arrived]))
-    note = " ".join(f"{float(s):.2f}" for s in share)
-    yield check(f"{models} models: share of inputs that converge", sum(share) / models,
-                at_least=0.1, note=note)
-    yield check("where most converge: most distinct limits of one model's inputs",
-                max(limits, default=math.nan), at_most=4)
+    note = f"share that converges: {' '.join(f'{float(s):.2f}' for s in share)}"
+    yield check(f"{models} models, where most converge: most distinct limits of {len(h)} inputs",
+                max(limits, default=math.nan), at_most=4, note=note)
 
     f = untrained(seed, "outer", "internal", width, gain=STRONG)
     h, motion = iterate(f, f.start, 800)
@@ -882,8 +883,9 @@ def i5(seed, quick, recalls=("internal", "external")):
         G = torch.linalg.solve(torch.eye(n) - jacobian(f, h)[0], df_de)
         exact = v @ G.T
         error = (differences(f) - exact).norm() / exact.norm()
-        # the radial singular values are of the order of the norm's eps, 1e-6, or less (G1); a
-        # limit that is none has rank 0
+        # radial ones are about eps / sigma^3 where e enters between the norms, too (internal), and
+        # eps^2 where it passes both (external, G1): far below 1e-6, as sigma is large under strong
+        # recall. A limit that is none has rank 0
         values = torch.linalg.svdvals(G.nan_to_num())
         rank = (values > 1e-6).sum()
         note = f"singular values on both sides: {values[-TOKENS - 1]:.1e}, {values[-TOKENS]:.1e}"
@@ -911,9 +913,10 @@ def g1(seed, quick, norm="outer", eps=1e-6):
     Derived here: for g = 1 (the rows divide g out) the radial singular value is eps / sigma^3, and
     the others are 1 / sigma. In the loop J is a product with two such norms. Of its singular values
     L are near 0 for L tokens, and not 2 L, since in general what the second norm forgets is not in
-    the image of the first. |det J| holds eps twice for each token, so that the product of those L
-    values is of the order of eps^(2 L). None is smaller than about eps^2, since J^-1 holds 1 / eps
-    once for each norm. So each is of the order of eps^2.
+    the image of what comes before it. The others are of the order of 1, and |det J| holds eps twice
+    for each token, so that the product of those L values is of the order of eps^(2 L). None is
+    smaller than about eps^2, since J^-1 holds 1 / eps once for each norm. So each is of the order
+    of eps^2.
     """
     D = 64
     u, weight = rng(seed)(2, 1, D)
@@ -945,7 +948,7 @@ def g1(seed, quick, norm="outer", eps=1e-6):
 def gradient_sweep(norm, seed, widths, recalls):
     """Gradients through K and 2 K loops, for some recalls, three gains and some widths.
 
-    K: 40, or the loop from which on the state moves less than 1e-6, if that is later.
+    K: 40, or one more than the loops that move the state by 1e-6 and more, if that is later.
     -> power of K in |dl/dW|, growth of |dl/dh_0|, whether the loop converges; [loops] each.
     """
     powers = []
@@ -982,9 +985,7 @@ def g2(seed, quick, norm="outer"):
     external recall multiplies dl/dh_0 by rho(W_h) a loop (R2), so that above 1 it explodes, and
     internal recall drifts (R3) and keeps all terms of dl/dW, so that it grows like K (seen).
 
-    The sweep is over recall gains, widths, and rho(W_h) below and above 1; gains from 4, or from 16
-    where rho(W_h) = 2, since weaker recall may not converge (claim axes). Gradients of outer-norm
-    loops are judged from the loop on at which they have converged. (G6 measures the series.)
+    The sweep is over recall gains, widths, and rho(W_h) below and above 1. G6 measures the series.
     """
     # one model may have bounded gradients by luck, with rho(W_h) = 0.58 say: so a sweep
     widths = (16, 32) if quick else (16, 32, 64)
@@ -1010,11 +1011,12 @@ def g3(seed, quick, norm="outer", loops=1000):
     """Stronger recall contracts more: under outer norm rho(J*) falls as the recall gain rises from
     4, in the end like a power of |W_e|.
 
-    Derived here: each norm divides what comes from h by the size of its input, which grows with
-    W_e e where recall comes in: at one sub-layer a loop in external recall (power -1), at both in
-    internal (-2). That is the law at gains of hundreds; that rho(J*) falls all the way is seen, not
-    proved. Under pre norm W_h h stays, so that rho(J*) tends to rho(W_h), with power 0: the
-    control.
+    Derived here: where recall comes in, the sum under the norm grows like W_e e, while its
+    derivative in h stays bounded (F is linear far out, and scores are normalized). So the norm
+    divides what comes from h by |W_e|: at one sub-layer a loop in external recall (power -1), at
+    both in internal (-2). That is the law at gains of hundreds; that rho(J*) falls all the way is
+    seen, not proved. Under pre norm W_h h stays, so that rho(J*) tends to rho(W_h), with power 0:
+    the control.
     """
     width = SMALL if quick else LARGE
 
@@ -1124,8 +1126,9 @@ def g6(seed, quick, norm="outer"):
     all loops count about alike, so that the last 10 of 60 leave out 50 of 60.
 
     With two or three loops (carry_loss has three by default) what is left out is not small: it is
-    in the note (at 26 seeds 0.08 to 0.35), and more where recall is weaker (--ckpt measures it on
-    trained models). That carry_loss trains well in spite of it is not explained by this.
+    in the note (at seeds 15080 to 15087, --quick: 0.22 to 0.38 after two, 0.11 to 0.24 after
+    three), and more where recall is weaker (--ckpt measures it on trained models). That carry_loss
+    trains well in spite of it is not explained by this.
     """
     width = SMALL if quick else LARGE
     f = untrained(seed, norm, "internal", width, inputs=1, gain=STRONG)
@@ -1145,8 +1148,9 @@ def g6(seed, quick, norm="outer"):
     note = ", ".join(f"{k}: {float(part):.1e}" for k, part in missing.items())
     yield check(f"{norm} + internal: rho(J*)", radius(J), at_most=0.99,
                 note=f"missing of dl/dW after {note}")
+    # rounding of the whole, 1e-15 or so, against a rest of 1e-7 and more after 25 loops
     yield check(f"{norm} + internal: missing - the rest of the series, relative",
-                torch.stack(off).max(), equals=0, within=1e-4)
+                torch.stack(off).max(), equals=0, within=1e-6)
 
     f = untrained(seed, "pre", "internal", width, inputs=1, gain=STRONG)
     h, _ = iterate(f, f.start, 500)
@@ -1185,8 +1189,8 @@ def axes(seed, quick, swap=None, blocks=None):
 
     Paper's abstract: never without recall, reliably so with recall + outer norm. Seen on random
     weights of width 32, not proved: pre and peri drift (R3) or hang on rho(W_h) (R2), outer norm
-    without recall forgets (I3). "Reliably" needs strong recall (R5): external recall at gain 1 is a
-    control.
+    without recall forgets (I3). "Reliably" is read as: with strong recall (which suffices in R5);
+    external recall at gain 1 is a control.
     """
     blocks = blocks or (6 if quick else 16)
     loops = 500 if quick else 1000
@@ -1466,7 +1470,8 @@ def execute(args):
 
 def main(argv=None):
     """The command line -> exit code: also 2 for a request that cannot be met, 130 if stopped."""
-    return data.run("theory.py", functools.partial(execute, parse(argv)))
+    args = parse(argv)
+    return data.run("theory.py", lambda: execute(args))
 
 
 if __name__ == "__main__":

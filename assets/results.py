@@ -20,7 +20,6 @@ and then `write notes.md --results out`.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -763,7 +762,7 @@ def main_command_phrases(raw):
     halt = result["halting"]["hard"]
     converged = round(halt["converged"] * halt["n"])
     yield (f"{halt['exact']:.3f} solved when each stops by itself: {converged} converge, "
-           f"{halt['loops']:.0f} loops")
+           f"{halt['loops']:.0f} loops each")
 
     # the same command without recall, and with pre norm
     groups = find_groups(raw, ["current/variants/*"])
@@ -1360,7 +1359,8 @@ def execute(args):
 
 def main(argv=None):
     """-> exit code: 0, 1 if check finds a difference, 2 for what cannot be done, 130 for Ctrl-C."""
-    return data.run("results.py", functools.partial(execute, parse(argv)))
+    args = parse(argv)
+    return data.run("results.py", lambda: execute(args))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def loop_on(model, x, h, loops, damping, sigma, generator):
     -> h, where each board stopped; the loop in which it converged [N], 0 if it did not.
     """
     h = h.clone()
-    r = model.recall(model.embed(x))
+    r = model.recall_term(model.embed(x))
     when = torch.zeros(len(x), dtype=torch.long)
     for t in range(1, loops + 1):
         moving = (when == 0).nonzero()[:, 0]
