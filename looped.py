@@ -35,8 +35,9 @@ cfg is a Config (below): every field is an option of the command line. The puzzl
 Task there has a loss (cross-entropy of the tokens), predict (logits -> labels), scored (the tokens
 that are asked for), augment and rename (a random symmetry).
 
-Not in the paper: carry_loss() with its rest term, Muon, damping and tries in solve(), a start token
-before strings (added by data.py), an embedding for each cell of a board (--positions absolute).
+Not in the paper: carry_loss() with its rest term, Muon, averaged weights, skipping and tries in
+solve(), a start token before strings (added by data.py), an embedding for each cell of a board
+(--positions absolute).
 """
 import argparse
 import contextlib
@@ -456,13 +457,15 @@ class Config:
     warmup: int = option(50, "steps of the ramp; with --decay step its time constant", low=0)
     weight_decay: float = option(0.01, "on matrices and embeddings", low=0)
     clip: float = option(1.0, "largest norm of the gradient")
+    average: float = option(None, "the model that counts has the mean of the weights over about "
+                            "this share of the steps; 0: the last", low=0)
 
     # evaluation
     eval_loops: int = option(None, "largest loop count of the table", group="evaluation")
     eval_every: int = option(100, "steps from one validation to the next")
     tol: float = option(1e-3, "converged: no token moves by more than this share of its size")
-    damping: float = option(None, "d in h <- (1 - d) step(h) + d h; for --watch, and for "
-                            "--tries above 1", low=0)
+    skip: float = option(None, "share of the tokens, drawn anew for each loop, that keep their "
+                         "state; not in training and in the table of loops", low=0)
     tries: int = option(1, "how often at most to try a board until it converges, each time but the "
                         "first in a random symmetric form", tasks=("sudoku",))
     watch: bool = option(False, "with --resume: show how one puzzle is solved")
@@ -494,8 +497,9 @@ class Config:
                             f"that is {self.heads * unit}, because of RoPE")
         if self.window > 0 and self.window % 2 == 0:
             raise UserError(f"--window {self.window}: must be odd, or 0 for all tokens")
-        if self.damping >= 1:
-            raise UserError(f"--damping {self.damping}: must be below 1")
+        for name in ("skip", "average"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be below 1")
         # with --loops below --grad_loops a puzzle gets all its loops in one step
         self.grad_loops = min(self.grad_loops, self.loops)
 
@@ -534,22 +538,21 @@ class Config:
 # -----------------------------------------------------------------------------
 # defaults of the tasks, and the author's protocol
 
-# COMMON: 9x9 sudoku, and what DEFAULTS leaves open; a puzzle gets its 30 loops in 10 steps
-COMMON = dict(n_train=20000, n_hard=256, window=0, blocks=1, loops=30, grad_loops=3, steps=8000,
-              lr=4e-3, eval_loops=512, damping=0.25)
+# COMMON: 9x9 sudoku, and what DEFAULTS leaves open; a puzzle gets its 15 loops in 5 steps
+COMMON = dict(n_train=20000, n_hard=256, window=0, blocks=2, loops=15, grad_loops=3, steps=4000,
+              lr=4e-3, average=0.1, eval_loops=512, skip=0.25)
 DEFAULTS = {
-    "prefix_sums": dict(n_train=8000, n_hard=64, window=5, loops=21, steps=400, lr=8e-3,
-                        eval_loops=500, damping=0.0),
-    "sudoku4": dict(loops=16, steps=800, eval_loops=64),
-    "sudoku6": dict(steps=4000, eval_loops=128),
-    # chess is learned sooner with a gradient through all loops, and with more weights
-    "chess": dict(n_train=48000, blocks=2, loops=3, grad_loops=3, steps=4000, lr=8e-3,
-                  eval_loops=64),
+    "prefix_sums": dict(n_train=8000, n_hard=64, window=5, blocks=1, loops=21, steps=400, lr=8e-3,
+                        average=0.0, eval_loops=500, skip=0.0),
+    "sudoku4": dict(blocks=1, loops=16, steps=800, average=0.0, eval_loops=64),
+    "sudoku6": dict(steps=2000, eval_loops=128),
+    # chess is learned sooner with a gradient through all loops
+    "chess": dict(n_train=48000, loops=3, lr=8e-3, average=0.0, eval_loops=64, skip=0.0),
 }
 
 PAPER = dict(width=256, heads=8, blocks=1, train="progressive", loops=30, batch=500,
-             optimizer="adamw", lr=3e-4, decay="step", warmup=160, steps=1600, eval_loops=500,
-             positions="relative")
+             optimizer="adamw", lr=3e-4, decay="step", warmup=160, steps=1600, average=0.0,
+             eval_loops=500, skip=0.0, positions="relative")
 PAPER_BOARD = PAPER | dict(warmup=800, steps=8000, n_train=40000, n_val=2000, n_hard=10000)
 PAPER_PRESET = {
     "prefix_sums": PAPER,
@@ -656,6 +659,17 @@ def configure_optimizers(model, cfg):
     return optimizers + [torch.optim.AdamW(groups, fused=True)]
 
 
+@torch.no_grad()
+def update_average(averaged, model, weight):
+    """averaged <- averaged + weight (model - averaged), for all weights.
+
+    With 1 / (1 + a t) in step t it is a mean of the last a-th part of all steps, roughly, where
+    later ones count more (Shamir and Zhang, arXiv 1212.1824).
+    """
+    for mean, p in zip(averaged.parameters(), model.parameters(), strict=True):
+        mean.lerp_(p, weight)
+
+
 def clone_weights(model):
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -685,13 +699,16 @@ def train(cfg, model, sets, out, checkpoint=None):
 
     optimizers = configure_optimizers(model, cfg)
     rng = torch.Generator(device).manual_seed(cfg.seed)
+    averaged = LoopedTransformer(cfg).to(device)
     # what a checkpoint holds of a run, besides model and optimizers; seconds of training alone
     saved = {
-        "step": 0, "seconds": 0.0, "carry": None, "best": clone_weights(model), "best_val": -1.0
+        "step": 0, "seconds": 0.0, "carry": None, "averaged": clone_weights(model),
+        "best": clone_weights(model), "best_val": -1.0,
     }
     if checkpoint is not None:
         saved = {name: checkpoint[name] for name in saved}
         restore(checkpoint, model, optimizers, rng)
+    averaged.load_state_dict(saved["averaged"])
     if cfg.train != "progressive":      # all other losses carry states from step to step
         if saved["carry"] is None:
             batch = get_batch(task, x_all, y_all, cfg.batch, rng)
@@ -719,6 +736,7 @@ def train(cfg, model, sets, out, checkpoint=None):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        update_average(averaged, model, 1 / (1 + cfg.average * step))
 
         # validate, save and log now and then, and after the last step
         steps_done = step + 1
@@ -733,7 +751,7 @@ def train(cfg, model, sets, out, checkpoint=None):
         saved["seconds"] += elapsed
         # 0.0: puzzles at rest go on (see run_loop), so that the batch keeps its size; a compiled
         # step would be compiled again for each smaller one
-        val = evaluate(model, *sets["val"], [cfg.loops], freeze_below=0.0)[cfg.loops]
+        val = evaluate(averaged, *sets["val"], [cfg.loops], freeze_below=0.0)[cfg.loops]
         if not math.isfinite(loss) or not math.isfinite(val["residual"]):
             again = ""
             if (out / "ckpt.pt").exists():
@@ -742,9 +760,10 @@ def train(cfg, model, sets, out, checkpoint=None):
                             f"lower --lr{again}", exit_code=1)
 
         # keep the best on validation, of equal ones the latest; the test sets are never used
+        saved["averaged"] = clone_weights(averaged)
         if val["exact"] >= saved["best_val"]:
             saved["best_val"] = val["exact"]
-            saved["best"] = clone_weights(model)
+            saved["best"] = saved["averaged"]
         save_checkpoint(out, saved | {        # all that is needed to resume
             "config": dataclasses.asdict(cfg), "model": model.state_dict(),
             "optimizers": [o.state_dict() for o in optimizers], "rng": rng.get_state(),
@@ -781,14 +800,15 @@ def chunk_size(x):
 ROUNDING = 2e-6
 
 
-def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
+def run_loop(model, x, max_loops, freeze_below=ROUNDING, skip=0.0, generator=None):
     """Loop puzzles x [N, L] from h_0 = e -> yields t, h_t [N, L, D], residual [N] for t = 1, 2, ...
 
-    residual: the largest |step(h) - h| / |h| of a puzzle's tokens, where h is h_{t-1} (damping has
-    no part in it). Once it is below freeze_below a puzzle is frozen: state and residual stay as
-    they are, at no more cost.
-    damping: h <- (1 - damping) step(h) + damping h, which has the same fixed points, and flips less
-    around them.
+    residual: the largest |step(h) - h| / |h| of a puzzle's tokens, where h is h_{t-1}. Once it is
+    below freeze_below a puzzle is frozen: state and residual stay as they are, at no more cost.
+    skip: the share of tokens that keep their state in a loop. They are drawn anew for each loop, by
+    the generator. The fixed points are the same, but a state gets out of a circle in which it would
+    go round for ever if all tokens moved at once. (Growing Neural Cellular Automata, Mordvintsev et
+    al., 2020, update like this.)
     h and residual are written in place: clone what you keep.
     """
     e = model.embed(x)
@@ -801,11 +821,14 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, damping=0.0):
             old = h[moving]
             new = model.step(old, None if r is None else r[moving])
             residual[moving] = relative_change(new, old)
-            h[moving] = new.lerp(old, damping)
+            if skip > 0:
+                draw = torch.rand(new[..., :1].shape, generator=generator, device=x.device)
+                new = torch.where(draw < skip, old, new)
+            h[moving] = new
         yield t, h, residual
 
 
-def loop_until_converged(model, x, tol, max_loops, damping):
+def loop_until_converged(model, x, tol, max_loops, skip, generator, progress):
     """One try of solve(), below: each puzzle loops until none of its tokens moves more than tol.
 
     -> logits [N, L, classes], loops used [N], converged [N] (False: max_loops was not enough).
@@ -814,35 +837,37 @@ def loop_until_converged(model, x, tol, max_loops, damping):
     for xb in x.split(chunk_size(x)):
         used = torch.zeros(len(xb), dtype=torch.long, device=x.device)
         converged = torch.zeros(len(xb), dtype=torch.bool, device=x.device)
-        for t, h, residual in run_loop(model, xb, max_loops, freeze_below=tol, damping=damping):
+        for t, h, residual in run_loop(model, xb, max_loops, tol, skip, generator):
             used[~converged] = t
             converged = residual < tol
             if converged.all() or t == max_loops:
                 parts.append((model.readout(h), used, converged))
                 break
+        if progress is not None:
+            progress(sum(len(part[1]) for part in parts), len(x))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 @torch.inference_mode()
-def solve(model, x, tol=1e-3, max_loops=2000, damping=0.0, tries=1, generator=None, progress=None):
+def solve(model, x, tol=1e-3, max_loops=2000, skip=0.0, tries=1, generator=None, progress=None):
     """Adaptive halting: each puzzle loops until its state has converged (loop_until_converged).
 
     x [N, L] of any integer type. With tries > 1 a puzzle that does not converge is tried again in
     a random symmetric form, `tries` in all: a board with its digits renamed and its rows and
     columns in another order. The first try that converges counts; if none does, the very first.
     (Compare Augmented HRM, arXiv 2601.10679, and EqR, arXiv 2605.21488.)
-    generator: of the symmetric forms. progress(tried, tries) is called before each further try.
+    skip: see run_loop. generator: of the tokens that skip a loop, and of the symmetric forms.
+    progress(done, puzzles) is called now and then in each try.
     -> logits [N, L, classes], loops used in all tries [N], converged [N].
     """
-    logits, used, converged = loop_until_converged(model, x, tol, max_loops, damping)
-    for tried in range(1, tries):
+    how = (tol, max_loops, skip, generator, progress)
+    logits, used, converged = loop_until_converged(model, x, *how)
+    for _ in range(1, tries):
         left = (~converged).nonzero()[:, 0]
         if len(left) == 0:
             break
-        if progress is not None:
-            progress(tried, tries)
         renamed, undo = model.task.rename(x[left], generator)
-        new_logits, loops, now = loop_until_converged(model, renamed, tol, max_loops, damping)
+        new_logits, loops, now = loop_until_converged(model, renamed, *how)
         logits[left[now]] = undo(new_logits)[now]
         used[left] += loops
         converged[left[now]] = True
@@ -950,13 +975,11 @@ def report(cfg, model, sets):
         progress = data.progress(f"evaluating {level}")
         result[level], labels, used, converged = evaluate_and_halt(
             model, x, y, counts, progress, tol=cfg.tol)
-        # with --tries above 1 halting is that of the tries, all of them damped
-        damping = 0.0
-        if cfg.tries > 1:
-            damping = cfg.damping
+        # the table is of plain loops; with --skip or --tries halting is that of another pass
+        if cfg.skip > 0 or cfg.tries > 1:
             generator = torch.Generator(x.device).manual_seed(cfg.seed)
-            progress = data.progress(f"trying {level} again")
-            logits, used, converged = solve(model, x, cfg.tol, cfg.eval_loops, damping, cfg.tries,
+            progress = data.progress(f"looping {level} until at rest")
+            logits, used, converged = solve(model, x, cfg.tol, cfg.eval_loops, cfg.skip, cfg.tries,
                                             generator, progress)
             labels = model.task.predict(logits)
         right = (labels == y).all(-1)
@@ -964,7 +987,7 @@ def report(cfg, model, sets):
         result["halting"][level] = {
             "n": n,
             "tries": cfg.tries,
-            "damping": damping,
+            "skip": cfg.skip,
             "exact": right.sum().item() / n,
             "loops": used.sum().item() / n,
             "converged": converged.sum().item() / n,
@@ -990,8 +1013,10 @@ def print_table(cfg, levels, counts, result):
         low, high = wilson(solved, halt["n"])
         best = max(counts, key=exact.get)
         how = "when each stops by itself"
+        if cfg.skip > 0:
+            how += f", skip {cfg.skip:g}"
         if cfg.tries > 1:
-            how = f"in up to {cfg.tries} tries, damped by {cfg.damping}"
+            how += f", {cfg.tries} tries"
         print(f"\n{level}: {meaning}, {halt['n']} puzzles\n"
               f"  {solved:.3f} solved at {cfg.eval_loops} loops (95 % interval {low:.3f} to "
               f"{high:.3f}; best at {best} loops)\n"
@@ -1025,12 +1050,13 @@ def watch(cfg, model):
         return answer + ("+" if labels[i] == y[i] else "x")
 
     print("+ right   x wrong   ~ changed since it was last shown   = unchanged, truth unknown")
-    if cfg.damping > 0:
-        print(f"damped: each loop is h <- {1 - cfg.damping:g} step(h) + {cfg.damping:g} h")
+    if cfg.skip > 0:
+        print(f"in each loop {cfg.skip:.0%} of the tokens, drawn at random, keep their state")
 
     max_loops = 2 * cfg.eval_loops          # a puzzle of yours may be harder than ours
     batch = torch.as_tensor(x)[None]
-    loop = run_loop(model, batch, max_loops, freeze_below=cfg.tol, damping=cfg.damping)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    loop = run_loop(model, batch, max_loops, cfg.tol, cfg.skip, generator)
     for t, h, residual in loop:
         converged = residual.item() < cfg.tol
         is_power_of_two = t & (t - 1) == 0
@@ -1116,7 +1142,7 @@ def load(path, device="cpu"):
 # command line
 
 # options that may change when a run is resumed
-MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "eval_loops", "tol", "damping", "tries",
+MAY_CHANGE = ("steps", "hard_bits", "n_test", "n_hard", "eval_loops", "tol", "skip", "tries",
               "device")
 # and these, too, if its training goes on
 OF_TRAINING = ("lr", "clip", "eval_every", "dtype", "compile")

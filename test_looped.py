@@ -1755,25 +1755,33 @@ def test_evaluate_and_solve_keep_no_graph():
     assert modes and not any(modes)
 
 
-def test_a_cycle_or_a_drift_is_no_rest_and_damping_is_the_share_of_the_old_state(monkeypatch):
+def test_tokens_that_skip_a_loop_keep_their_state_and_end_a_circle_but_no_drift(monkeypatch):
     model = add_input(model_of())
-    x = torch.randint(2, (3, 9))
+    x = torch.randint(2, (400, 9))
+    seed = torch.Generator().manual_seed
 
-    # small damped moves of a state that grows
+    # a state that grows is at rest nowhere, even where hardly a token moves
     monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: 1.05 * h)
-    assert not looped.solve(model, x, max_loops=9, damping=0.99)[2].any()
+    assert not looped.solve(model, x, max_loops=9, skip=0.99)[2].any()
 
-    # a two-cycle, whose middle is a fixed point: h <- (1 - d)(2 - h) + d h
-    monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: 2 - h)
-    assert not looped.solve(model, x, max_loops=9)[2].any()
-    assert looped.solve(model, x, max_loops=9, damping=0.5)[2].all()
+    # all tokens take over from their left neighbour: at once they go round for ever, one by one
+    # they end up alike
+    monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: h.roll(1, 1))
+    some = x[:20]
+    assert not looped.solve(model, some, max_loops=900)[2].any()
+    assert looped.solve(model, some, max_loops=900, skip=0.5, generator=seed(0))[2].all()
 
-    # a quarter of the old state is not three quarters
+    # a loop: a quarter of the tokens stays, whole, and the next loop draws other ones
     e = model.embed(x)
-    for damping, other in ((0.25, 0.75), (0.75, 0.25)):
-        logits = looped.solve(model, x, max_loops=1, damping=damping)[0]
-        assert close(logits, model.readout((1 - damping) * (2 - e) + damping * e))
-        assert not close(logits, model.readout((1 - other) * (2 - e) + other * e))
+    moved = e + 1
+    monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: moved)
+    path = [h.clone() for _, h, _ in looped.run_loop(model, x, 2, 0.0, 0.25, seed(0))]
+    stays = (path[0] == e).all(-1)
+    assert torch.equal(path[0], torch.where(stays[..., None], e, moved))
+    assert 0.2 < stays.double().mean() < 0.3
+    assert 0.04 < (path[1] == e).all(-1).double().mean() < 0.09         # 1/16
+    again = next(looped.run_loop(model, x, 1, 0.0, 0.25, seed(0)))[1]
+    assert torch.equal(again, path[0])
 
     # what evaluate says of a two-cycle
     monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: -h)
@@ -1788,9 +1796,9 @@ def test_a_board_that_does_not_converge_is_asked_again_in_another_guise(monkeypa
     converges = iter([[True, False, False, False], [False, True, False], [True, False]])
     asked = []
 
-    def one_try(model, x, tol, max_loops, damping):
+    def one_try(model, x, tol, max_loops, skip, generator, progress):
         """Right where it converges, else nonsense; it takes 7 loops."""
-        assert (tol, max_loops, damping) == (0.5, 99, 0.25)
+        assert (tol, max_loops, skip) == (0.5, 99, 0.25)
         asked.append(x)
         converged = torch.tensor(next(converges))
         y = torch.tensor(model.task.prove(x.numpy())[0]).long()
@@ -1798,7 +1806,7 @@ def test_a_board_that_does_not_converge_is_asked_again_in_another_guise(monkeypa
         return give_marks(y, 5), torch.full((len(x),), 7), converged
 
     monkeypatch.setattr(looped, "loop_until_converged", one_try)
-    logits, used, converged = looped.solve(model, x, tol=0.5, max_loops=99, damping=0.25, tries=3,
+    logits, used, converged = looped.solve(model, x, tol=0.5, max_loops=99, skip=0.25, tries=3,
                                            generator=torch.Generator().manual_seed(0))
     labels = model.task.predict(logits)
 
@@ -1852,7 +1860,7 @@ def test_the_report_gives_the_tests_at_the_last_loop_count_and_the_best_only_bes
     result, printed = scripted_report(monkeypatch, capsys, exact)
     for level in ("easy", "hard"):
         assert {t: row["exact"] for t, row in result[level].items()} == exact[level]
-        assert result["halting"][level]["damping"] == 0
+        assert result["halting"][level]["skip"] == 0
 
     # the rows are those of a script; Wilson's intervals of 3 of 6 and 1 of 8 by hand
     assert printed == """
@@ -1872,13 +1880,13 @@ hard: 24 bits, 8 puzzles
 
 
 def test_with_tries_halting_is_that_of_solve_for_every_puzzle(monkeypatch, capsys):
-    cfg = tiny(**BOARD, n_test=40, n_hard=40, tries=2, damping=0.75, eval_loops=5)
+    cfg = tiny(**BOARD, n_test=40, n_hard=40, tries=2, skip=0.75, eval_loops=5)
     sets = sets_of(cfg)
     converged = torch.arange(40) % 2 == 0
     right = torch.arange(40) % 5 == 0
 
-    def solve(model, x, tol, max_loops, damping, tries, generator, progress):
-        assert (tol, max_loops, damping, tries) == (cfg.tol, 5, 0.75, 2)
+    def solve(model, x, tol, max_loops, skip, tries, generator, progress):
+        assert (tol, max_loops, skip, tries) == (cfg.tol, 5, 0.75, 2)
         assert generator.initial_seed() == cfg.seed
         y = next(y for x_all, y in sets.values() if same(x_all, x))
         labels = torch.where(right[:, None], y, 0)
@@ -1889,9 +1897,10 @@ def test_with_tries_halting_is_that_of_solve_for_every_puzzle(monkeypatch, capsy
     for level in ("easy", "hard"):
         assert list(result[level]) == [1, 2, 4, 5]
         assert result["halting"][level] == {
-            "n": 40, "tries": 2, "damping": 0.75, "loops": 3, "exact": 0.2, "converged": 0.5,
+            "n": 40, "tries": 2, "skip": 0.75, "loops": 3, "exact": 0.2, "converged": 0.5,
             "converged_and_right": 0.1}
-    assert "in up to 2 tries, damped by 0.75: 20 converge, 3 loops each" in capsys.readouterr().out
+    expected = "when each stops by itself, skip 0.75, 2 tries: 20 converge, 3 loops each"
+    assert expected in capsys.readouterr().out
 
 
 def watched(capsys, script, eval_loops=2):
@@ -1929,12 +1938,13 @@ def test_nothing_is_right_or_wrong_where_the_truth_is_unknown(monkeypatch, capsy
     assert "no solution is known" in printed
 
 
-def test_watch_is_damped_as_asked(capsys):
-    cfg = tiny(damping=0.5)
-    model = looped.LoopedTransformer(cfg)
-    model.step = lambda h, r: 2 - h                 # a two-cycle around 1
-    looped.watch(cfg, model)
-    assert "converged after 2 loops" in capsys.readouterr().out
+def test_watch_skips_as_asked(capsys):
+    for skip, ending in ((0.5, "\nconverged after"), (0, "\ndid not converge in 400 loops")):
+        cfg = tiny(skip=skip, eval_loops=200, puzzle="11010")
+        model = looped.LoopedTransformer(cfg)
+        model.step = lambda h, r: h.roll(1, 1)      # it goes round for ever if nothing is skipped
+        looped.watch(cfg, model)
+        assert ending in capsys.readouterr().out
 
 
 def test_watch_says_that_a_right_chess_answer_is_solved(capsys):
@@ -2042,6 +2052,42 @@ def test_the_checkpoint_is_picked_by_val_and_by_nothing_else(tmp_path, monkeypat
     assert not same(weights[2], weights[1])
     assert not same(weights[2], weights[5])
     assert [record["exact"] for record in read_log(tmp_path)] == val_exact
+
+
+def test_what_counts_is_the_mean_of_the_weights_over_the_last_steps(tmp_path, monkeypatch):
+    raw = []
+    validated = []
+    real_update = looped.update_average
+
+    def update(averaged, model, weight):
+        raw.append(looped.clone_weights(model))
+        real_update(averaged, model, weight)
+
+    def evaluate(model, *_, **__):
+        validated.append(looped.clone_weights(model))
+        return {TINY["loops"]: {"exact": 0.0, "residual": 0.0}}
+
+    monkeypatch.setattr(looped, "update_average", update)
+    monkeypatch.setattr(looped, "evaluate", evaluate)
+    state, _ = train(tiny(steps=6, eval_every=3, average=0.25), tmp_path / "run")
+
+    # step t has the weight 1 / (1 + t / 4), and each later one leaves 1 minus its own of that
+    own = [1 / (1 + t / 4) for t in range(6)]
+    for n, mean in ((3, validated[0]), (6, validated[1])):
+        share = [own[t] * math.prod(1 - later for later in own[t + 1:n]) for t in range(n)]
+        assert sum(share) == pytest.approx(1)
+        for name, got in mean.items():
+            expected = sum(s * weights[name] for s, weights in zip(share, raw, strict=False))
+            assert close(got, expected, atol=1e-6), name
+        assert not same(mean, raw[n - 1])                   # the control
+    assert same(state["best"], validated[1])
+    assert same(state["model"], raw[5])
+
+    # without --average it is the last of them
+    raw.clear()
+    validated.clear()
+    train(tiny(steps=2, average=0), tmp_path / "plain")
+    assert same(validated[-1], raw[-1])
 
 
 def test_a_validation_after_a_resume_must_beat_the_best_before_it(tmp_path, monkeypatch):
@@ -2520,7 +2566,8 @@ BAD = [
     ("--heads 16", "heads"),
     ("--batch 1.5", "batch"),
     ("--lr nan", "lr"),
-    ("--damping 1", "damping"),
+    ("--skip 1", "skip"),
+    ("--average 1", "average"),
     ("--seed 99999999999999999999", "seed"),
     ("--n_train 999999999", "n_train"),
 
@@ -2589,7 +2636,7 @@ def test_each_option_refuses_what_it_does_not_allow():
         tiny(**BOARD, heads=8)
     tiny(**BOARD, heads=4)                      # control
     # zero is allowed where -1 is not
-    looped.Config(rest=0, weight_decay=0, warmup=0, seed=0, damping=0, window=0)
+    looped.Config(rest=0, weight_decay=0, warmup=0, seed=0, skip=0, average=0, window=0)
     assert {"recall", "loops", "rest", "seed"} <= set(refused) and len(refused) > 30
 
 
@@ -2632,8 +2679,8 @@ def test_a_folder_is_refused_before_puzzles_are_made_for_it(home, capsys, monkey
 
 
 @pytest.mark.parametrize("number, options", [
-    # carry: states and ages go on, too
-    (signal.SIGINT, {"loops": 5}),
+    # carry: states and ages go on, too, and the mean of the weights
+    (signal.SIGINT, {"loops": 5, "average": 0.5}),
     (signal.SIGTERM, {"train": "progressive", "recall": "none", "blocks": 2}),
 ], ids=["Ctrl-C", "kill"])
 def test_a_stopped_run_exits_130_and_the_printed_command_finishes_it_bit_for_bit(
@@ -2767,7 +2814,7 @@ def test_a_resumed_run_goes_to_its_own_folder_not_to_the_out_of_before(home):
 
 
 def test_what_may_change_on_a_resume(home):
-    finished = [{"tol": 0.1}, {"damping": 0.5}, {"n_test": 9}, {"n_hard": 9}, {"eval_loops": 8},
+    finished = [{"tol": 0.1}, {"skip": 0.5}, {"n_test": 9}, {"n_hard": 9}, {"eval_loops": 8},
                 {"hard_bits": 30}, {"device": "auto"}, {"width": TINY["width"]}]
     goes_on = [{"lr": 0.1}, {"clip": 2.0}, {"eval_every": 3}, {"dtype": "bf16"}, {"compile": "on"}]
     for options in finished + [{"steps": 9} | more for more in goes_on]:
@@ -3560,8 +3607,8 @@ def test_curve_draws_a_picture_of_one_run(raw):
 def test_the_weights_in_assets_solve_what_the_front_page_shows(name, puzzle):
     model, cfg = looped.load(ASSETS / f"{name}.pt")
     x, y = model.task.parse(puzzle)
-    logits, _, converged = looped.solve(model, torch.tensor(x)[None], max_loops=150,
-                                        damping=cfg.damping)
+    logits, _, converged = looped.solve(model, torch.tensor(x)[None], max_loops=150, skip=cfg.skip,
+                                        generator=torch.Generator().manual_seed(cfg.seed))
     assert converged.item()
     assert (model.task.predict(logits)[0].numpy() == y).all()
 
@@ -3574,8 +3621,11 @@ def test_the_weights_in_assets_solve_what_the_front_page_shows(name, puzzle):
 ])
 def test_the_defaults_are_those_of_the_runs_that_are_reported(name, options):
     config = json.loads((results.RAW / name / "eval.json").read_text())["config"]
-    places = {"out": config["out"], "resume": config["resume"]}
-    assert dataclasses.asdict(looped.Config(**options, **places)).items() <= config.items()
+    defaults = dataclasses.asdict(looped.Config(**options))
+    # options that came later than the run, and those of a place, say nothing
+    names = defaults.keys() & config.keys() - {"out", "resume"}
+    assert len(names) > 35
+    assert {name: defaults[name] for name in names} == {name: config[name] for name in names}
 
 
 @pytest.mark.parametrize("script", [looped, data, theory, results])
