@@ -1,6 +1,6 @@
 """Another chance for boards that do not converge: which kind pays, at equal loops?
 
-    python assets/results/tries/compare.py RUN --json FILE rename,0,512,0.25 push,1,128,0.25
+    python assets/results/tries/compare.py RUN --json FILE rename,0,512,0,0.25 push,1,128,0,0.25
 
 All kinds begin alike: `per_try` loops from h_0 = e. A board that has not converged by then gets
 another chance, and another, until it converges or has had `budget` loops in all:
@@ -12,7 +12,8 @@ another chance, and another, until it converges or has had `budget` loops in all
     path      from h_0, with noise in each of the first per_try / 2 loops, as in PTRM
               (arXiv 2605.19943)
 
-Noise is Gaussian, sigma times the rms of a token. All loops are damped by `damping`.
+Noise is Gaussian, sigma times the rms of a token. All loops are damped, h <- (1 - d) step(h) + d h,
+and in each of them a share `skip` of the tokens, drawn anew, keeps its state.
 """
 import argparse
 import json
@@ -37,7 +38,7 @@ def noisy(h, sigma, generator):
     return h + sigma * rms * torch.randn(h.shape, generator=generator)
 
 
-def loop_on(model, x, h, loops, damping, sigma, generator):
+def loop_on(model, x, h, loops, damping, skip, sigma, generator):
     """Up to `loops` loops of boards x [N, L] from h [N, L, D], the first half with noise.
 
     -> h, where each board stopped; the loop in which it converged [N], 0 if it did not.
@@ -52,6 +53,8 @@ def loop_on(model, x, h, loops, damping, sigma, generator):
             new = model.step(old, r[part])
             converged = looped.relative_change(new, old) < TOL
             new = new.lerp(old, damping)
+            draw = torch.rand(new[..., :1].shape, generator=generator)
+            new = torch.where(draw < skip, old, new)
             if sigma > 0 and t <= loops // 2:
                 new = noisy(new, sigma, generator)
                 converged[:] = False
@@ -61,7 +64,7 @@ def loop_on(model, x, h, loops, damping, sigma, generator):
 
 
 @torch.inference_mode()
-def compare(model, x, y, kind, sigma, per_try, damping, budget, seed):
+def compare(model, x, y, kind, sigma, per_try, damping, skip, budget, seed):
     """-> record: boards that converge, how many are right, loops, and a curve of right ones."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.zeros_like(y)
@@ -89,7 +92,8 @@ def compare(model, x, y, kind, sigma, per_try, damping, budget, seed):
             path_sigma = sigma
 
         loops = min(per_try, budget - first_loop)
-        h[left], when = loop_on(model, form, start, loops, damping, path_sigma, generator)
+        h[left], when = loop_on(model, form, start, loops, damping, skip, path_sigma,
+                                generator)
         logits = model.readout(h[left])
         if undo is not None:
             logits = undo(logits)
@@ -104,7 +108,8 @@ def compare(model, x, y, kind, sigma, per_try, damping, budget, seed):
     right = (labels == y).all(-1)
     sure = converged & right
     return {
-        "kind": kind, "sigma": sigma, "per_try": per_try, "damping": damping, "budget": budget,
+        "kind": kind, "sigma": sigma, "per_try": per_try, "damping": damping, "skip": skip,
+        "budget": budget,
         "boards": len(x), "converged": converged.sum().item(), "sure": sure.sum().item(),
         "right": right.sum().item(), "loops": used.double().mean().item(),
         "curve": {t: (sure & (used <= t)).sum().item() for t in MARKS if t <= budget},
@@ -118,7 +123,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the boards and of the noise")
     parser.add_argument("--budget", type=int, default=2560, help="most loops of a board")
     parser.add_argument("--json", required=True, metavar="FILE", help="a line is added for each")
-    parser.add_argument("cells", nargs="+", metavar="KIND,SIGMA,PER_TRY,DAMPING")
+    parser.add_argument("cells", nargs="+", metavar="KIND,SIGMA,PER_TRY,DAMPING,SKIP")
     args = parser.parse_args()
 
     model, _ = looped.load(args.run)
@@ -127,9 +132,10 @@ def main():
     y = torch.as_tensor(hard.y).long()
     for cell in args.cells:
         kind, *numbers = cell.split(",")
-        sigma, per_try, damping = map(float, numbers)
+        sigma, per_try, damping, skip = map(float, numbers)
         record = {"run": Path(args.run).name, "seed": args.seed}
-        record |= compare(model, x, y, kind, sigma, int(per_try), damping, args.budget, args.seed)
+        record |= compare(model, x, y, kind, sigma, int(per_try), damping, skip, args.budget,
+                          args.seed)
         print(json.dumps(record), flush=True)
         with open(args.json, "a") as file:
             file.write(json.dumps(record) + "\n")
