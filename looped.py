@@ -544,7 +544,7 @@ COMMON = dict(n_train=20000, n_hard=256, window=0, blocks=2, loops=15, grad_loop
 DEFAULTS = {
     "prefix_sums": dict(n_train=8000, n_hard=64, window=5, blocks=1, loops=21, steps=400, lr=8e-3,
                         average=0.0, eval_loops=500, skip=0.0),
-    "sudoku4": dict(blocks=1, loops=16, steps=800, average=0.0, eval_loops=64),
+    "sudoku4": dict(blocks=1, loops=16, steps=800, average=0.0, eval_loops=64, skip=0.0),
     "sudoku6": dict(steps=2000, eval_loops=128),
     # chess is learned sooner with a gradient through all loops
     "chess": dict(n_train=48000, loops=3, lr=8e-3, average=0.0, eval_loops=64, skip=0.0),
@@ -805,10 +805,11 @@ def run_loop(model, x, max_loops, freeze_below=ROUNDING, skip=0.0, generator=Non
 
     residual: the largest |step(h) - h| / |h| of a puzzle's tokens, where h is h_{t-1}. Once it is
     below freeze_below a puzzle is frozen: state and residual stay as they are, at no more cost.
-    skip: the share of tokens that keep their state in a loop. They are drawn anew for each loop, by
-    the generator. The fixed points are the same, but a state gets out of a circle in which it would
-    go round for ever if all tokens moved at once. (Growing Neural Cellular Automata, Mordvintsev et
-    al., 2020, update like this.)
+    skip: the share of tokens that keep their state in a loop, drawn anew for each loop by the
+    generator. Fixed points stay what they are. In the mean it damps the loop, h <- (1 - skip)
+    step(h) + skip h; and it is a noise that dies out as a state comes to rest, so that it ends
+    circles, in which a state would go round for ever. (So are updated Growing Neural Cellular
+    Automata, Mordvintsev et al., 2020.)
     h and residual are written in place: clone what you keep.
     """
     e = model.embed(x)

@@ -2746,7 +2746,7 @@ def test_help_shows_every_option_with_its_default_and_fits_the_terminal(capsys, 
         assert f"--{field.name} " in text
     text = " ".join(text.split())
     assert "[pre|peri|outer|gru] (default: outer)" in text
-    assert "(default: 30; prefix_sums: 21; sudoku4: 16; chess: 3)" in text
+    assert "(default: 15; prefix_sums: 21; sudoku4: 16; chess: 3)" in text
 
 
 def test_defaults_depend_on_the_task_and_options_win():
@@ -3615,8 +3615,8 @@ def test_the_weights_in_assets_solve_what_the_front_page_shows(name, puzzle):
 
 @pytest.mark.parametrize("name, options", [
     ("quickstart", {}), ("current/sudoku4/seed0", {"task": "sudoku", "side": 4}),
-    ("current/sudoku6/internal-seed0", {"task": "sudoku", "side": 6, "tries": 10}),
-    ("current/sudoku9/internal-seed0", {"task": "sudoku", "tries": 10, "eval_every": 400}),
+    ("current/sudoku6/internal-seed0", {"task": "sudoku", "side": 6}),
+    ("current/sudoku9/internal-seed0", {"task": "sudoku", "eval_every": 200}),
     ("current/chess/seed0", {"task": "chess", "n_test": 500, "n_hard": 500, "eval_every": 500}),
 ])
 def test_the_defaults_are_those_of_the_runs_that_are_reported(name, options):
