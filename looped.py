@@ -749,9 +749,7 @@ def train(cfg, model, sets, out, checkpoint=None):
         elapsed = time.time() - interval_start
         ms = 1e3 * elapsed / timed_steps
         saved["seconds"] += elapsed
-        # 0.0: puzzles at rest go on (see run_loop), so that the batch keeps its size; a compiled
-        # step would be compiled again for each smaller one
-        val = evaluate(averaged, *sets["val"], [cfg.loops], freeze_below=0.0)[cfg.loops]
+        val = evaluate(averaged, *sets["val"], [cfg.loops])[cfg.loops]
         if not math.isfinite(loss) or not math.isfinite(val["residual"]):
             again = ""
             if (out / "ckpt.pt").exists():
@@ -875,7 +873,7 @@ def solve(model, x, tol=1e-3, max_loops=2000, skip=0.0, tries=1, generator=None,
     return logits, used, converged
 
 
-def evaluate(model, x, y, counts, **options):
+def evaluate(model, x, y, counts):
     """Loop puzzles x, y [N, L] int64 and measure after each loop count t of the list `counts`.
 
     -> {t: {"exact":      share of puzzles with every token right (those that are not scored, such
@@ -883,14 +881,13 @@ def evaluate(model, x, y, counts, **options):
             "token":      share of scored tokens that are right, mean over puzzles,
             "residual":   largest |h_{t+1} - h_t| / |h_t| of a token, mean over puzzles,
             "norm_ratio": |h_t| / |h_1|, mean over puzzles}}
-    options: see evaluate_and_halt.
     """
-    means, _, _, _ = evaluate_and_halt(model, x, y, counts, **options)
+    means, _, _, _ = evaluate_and_halt(model, x, y, counts)
     return means
 
 
 @torch.inference_mode()
-def evaluate_and_halt(model, x, y, counts, progress=None, freeze_below=ROUNDING, tol=1e-3):
+def evaluate_and_halt(model, x, y, counts, progress=None, tol=1e-3):
     """-> what evaluate() returns, labels [N, L], loops used [N], converged [N].
 
     The last three say what comes out where each puzzle stops by itself, as in solve(): once its
@@ -904,7 +901,7 @@ def evaluate_and_halt(model, x, y, counts, progress=None, freeze_below=ROUNDING,
     halted = []
     done = 0
     for xb, yb in zip(x.split(size), y.split(size), strict=True):
-        table, *stopped = evaluate_chunk(model, xb, yb, counts, freeze_below, tol)
+        table, *stopped = evaluate_chunk(model, xb, yb, counts, tol)
         tables.append(table)
         halted.append(stopped)
         done += len(xb)
@@ -919,7 +916,7 @@ def evaluate_and_halt(model, x, y, counts, progress=None, freeze_below=ROUNDING,
     return means, labels, used, converged
 
 
-def evaluate_chunk(model, x, y, counts, freeze_below, tol):
+def evaluate_chunk(model, x, y, counts, tol):
     """evaluate_and_halt for puzzles that are looped together.
 
     -> {t: {name: [N]}}, labels [N, L], loops used [N], converged [N].
@@ -932,7 +929,7 @@ def evaluate_chunk(model, x, y, counts, freeze_below, tol):
 
     # one loop more than asked for, for the residual of the last count. And min, because a puzzle
     # that is frozen above tol could never be seen to converge
-    for t, h, residual in run_loop(model, x, last + 1, freeze_below=min(freeze_below, tol)):
+    for t, h, residual in run_loop(model, x, last + 1, freeze_below=min(ROUNDING, tol)):
         if t == 1:
             first_norm = h.norm(dim=(1, 2))
             stopped_h = torch.empty_like(h)
@@ -1352,7 +1349,6 @@ def run_training(cfg, checkpoint):
         torch.manual_seed(cfg.seed)
         model = LoopedTransformer(cfg).to(device)
         if cfg.compile == "on" or (cfg.compile == "auto" and device == "cuda"):
-            torch._dynamo.config.cache_size_limit = 64      # one graph per shape and gradient mode
             # it recommends TF32, whose three digits would hide whether a state is at rest
             warnings.filterwarnings("ignore", message="TensorFloat32")
             # bound to this model: a copy of it would loop with this one's weights

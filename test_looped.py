@@ -2027,8 +2027,7 @@ def test_the_checkpoint_is_picked_by_val_and_by_nothing_else(tmp_path, monkeypat
     calls = []
     weights = []
 
-    def evaluate(model, x, y, loops, freeze_below):
-        assert freeze_below == 0                    # whole batches only, also of a compiled step
+    def evaluate(model, x, y, loops):
         assert x is sets["val"][0]
         assert y is sets["val"][1]
         assert list(loops) == [cfg.loops]
@@ -2761,7 +2760,7 @@ def test_defaults_depend_on_the_task_and_options_win():
         missing = {name for name, v in vars(looped.Config(task=task)).items() if v is None}
         assert missing == free
     sides = {side: looped.Config(task="sudoku", side=side).loops for side in (4, 6, 9)}
-    assert sides == {4: 16, 6: 30, 9: 30}
+    assert sides == {4: 16, 6: 15, 9: 15}
     assert looped.Config(task="sudoku", side=4, loops=3).loops == 3
 
     # a step never has more loops than a puzzle gets
