@@ -1010,16 +1010,13 @@ def print_table(cfg, levels, counts, result):
         solved = exact[cfg.eval_loops]
         low, high = wilson(solved, halt["n"])
         best = max(counts, key=exact.get)
-        how = "when each stops by itself"
-        if cfg.skip > 0:
-            how += f", skip {cfg.skip:g}"
-        if cfg.tries > 1:
-            how += f", {cfg.tries} tries"
         print(f"\n{level}: {meaning}, {halt['n']} puzzles\n"
               f"  {solved:.3f} solved at {cfg.eval_loops} loops (95 % interval {low:.3f} to "
               f"{high:.3f}; best at {best} loops)\n"
-              f"  {halt['exact']:.3f} solved {how}: "
+              f"  {halt['exact']:.3f} solved when each stops by itself: "
               f"{round(halt['converged'] * halt['n'])} converge, {halt['loops']:.0f} loops each")
+        if cfg.skip > 0 or cfg.tries > 1:
+            print(f"  (skip {cfg.skip:g}, up to {cfg.tries} tries)")
 
 
 @torch.inference_mode()

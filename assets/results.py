@@ -678,12 +678,12 @@ def tries_table(raw, file):
     for r in records:
         rows.append(
             [
-                r["kind"], r["sigma"] or "", r["per_try"], r["damping"], r.get("skip", 0.0),
+                r["run"], r["kind"], r["sigma"] or "", r["per_try"], r["damping"], r["skip"],
                 f"{r['converged']} of {r['boards']}", r["sure"], r["right"], f"{r['loops']:.0f}",
                 *(r["curve"][t] for t in marks),
             ]
         )
-    head = ["chance", "noise", "loops each", "damping", "skip"]
+    head = ["weights", "chance", "noise", "loops each", "damping", "skip"]
     head += ["converge", "right of those", "right"]
     return markdown([*head, "loops, mean", *(f"after {t}" for t in marks)], rows)
 

@@ -119,7 +119,9 @@ def compare(model, x, y, kind, sigma, per_try, damping, skip, budget, seed):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("run")
-    parser.add_argument("--n", type=int, default=256, help="hard boards")
+    parser.add_argument("--n", type=int, default=256, help="boards")
+    parser.add_argument("--level", default="hard", choices=("easy", "hard"))
+    parser.add_argument("--files", help="boards from TRAIN,TEST instead of generated ones")
     parser.add_argument("--seed", type=int, default=0, help="of the boards and of the noise")
     parser.add_argument("--budget", type=int, default=2560, help="most loops of a board")
     parser.add_argument("--json", required=True, metavar="FILE", help="a line is added for each")
@@ -127,13 +129,14 @@ def main():
     args = parser.parse_args()
 
     model, _ = looped.load(args.run)
-    hard = data.splits(model.task, args.seed, 0, 0, 0, args.n)["hard"]
-    x = torch.as_tensor(hard.x).long()
-    y = torch.as_tensor(hard.y).long()
+    sets = data.splits(model.task, args.seed, 0, 0, args.n, args.n, args.files)
+    boards = sets[args.level]
+    x = torch.as_tensor(boards.x).long()
+    y = torch.as_tensor(boards.y).long()
     for cell in args.cells:
         kind, *numbers = cell.split(",")
         sigma, per_try, damping, skip = map(float, numbers)
-        record = {"run": Path(args.run).name, "seed": args.seed}
+        record = {"run": Path(args.run).name, "seed": args.seed, "level": args.level}
         record |= compare(model, x, y, kind, sigma, int(per_try), damping, skip, args.budget,
                           args.seed)
         print(json.dumps(record), flush=True)
