@@ -465,7 +465,7 @@ class Config:
     eval_every: int = option(100, "steps from one validation to the next")
     tol: float = option(1e-3, "converged: no token moves by more than this share of its size")
     skip: float = option(None, "share of the tokens, drawn anew for each loop, that keep their "
-                         "state; not in training and in the table of loops", low=0)
+                         "state; neither in training nor in the table of loops", low=0)
     tries: int = option(1, "how often at most to try a board until it converges, each time but the "
                         "first in a random symmetric form", tasks=("sudoku",))
     watch: bool = option(False, "with --resume: show how one puzzle is solved")
@@ -663,7 +663,7 @@ def configure_optimizers(model, cfg):
 def update_average(averaged, model, weight):
     """averaged <- averaged + weight (model - averaged), for all weights.
 
-    With 1 / (1 + a t) in step t it is a mean of the last a-th part of all steps, roughly, where
+    With 1 / (1 + a t) in step t it is a mean over the last share a of all steps, roughly, where
     later ones count more (Shamir and Zhang, arXiv 1212.1824).
     """
     for mean, p in zip(averaged.parameters(), model.parameters(), strict=True):
@@ -798,7 +798,7 @@ def chunk_size(x):
 ROUNDING = 2e-6
 
 
-def run_loop(model, x, max_loops, freeze_below=ROUNDING, skip=0.0, generator=None):
+def run_loop(model, x, max_loops, freeze_below, skip=0.0, generator=None):
     """Loop puzzles x [N, L] from h_0 = e -> yields t, h_t [N, L, D], residual [N] for t = 1, 2, ...
 
     residual: the largest |step(h) - h| / |h| of a puzzle's tokens, where h is h_{t-1}. Once it is
@@ -1015,8 +1015,13 @@ def print_table(cfg, levels, counts, result):
               f"{high:.3f}; best at {best} loops)\n"
               f"  {halt['exact']:.3f} solved when each stops by itself: "
               f"{round(halt['converged'] * halt['n'])} converge, {halt['loops']:.0f} loops each")
-        if cfg.skip > 0 or cfg.tries > 1:
-            print(f"  (skip {cfg.skip:g}, up to {cfg.tries} tries)")
+        how = []
+        if cfg.skip > 0:
+            how.append(f"skip {cfg.skip:g}")
+        if cfg.tries > 1:
+            how.append(f"up to {cfg.tries} tries")
+        if how:
+            print(f"  ({', '.join(how)})")
 
 
 @torch.inference_mode()

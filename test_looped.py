@@ -1634,7 +1634,7 @@ def test_progressive_loss_is_the_naive_one_and_draws_n_and_k_uniformly():
 
 
 def test_evaluate_is_the_naive_computation():
-    model = model_of(bits=16)
+    model = model_of(bits=16, skip=0.5)         # the table is of plain loops all the same
     x = F.pad(torch.randint(2, (7, 16)), (1, 0), value=data.START)
     paths = []
     for b in range(7):
@@ -1688,7 +1688,9 @@ def test_each_puzzle_stops_by_itself_in_solve_and_beside_the_table(tol, last, mo
         return torch.where(ones == 2, -h, new)
 
     monkeypatch.setattr(looped.LoopedTransformer, "step", step)
-    logits, used, converged = looped.solve(model, x, tol=tol, max_loops=last)
+    done = []
+    logits, used, converged = looped.solve(model, x, tol=tol, max_loops=last,
+                                           progress=lambda *now: done.append(now))
     for b in (*range(10), 499):
         e = h = model.embed(x[b:b + 1])
         t = 0
@@ -1702,7 +1704,9 @@ def test_each_puzzle_stops_by_itself_in_solve_and_beside_the_table(tol, last, mo
     assert converged.any() and not converged.all() and len(set(used.tolist())) > 4
 
     # the table's own halting is the same, and the table that of evaluate
-    table, labels, *halted = looped.evaluate_and_halt(model, x, x, [1, last], tol=tol)
+    table, labels, *halted = looped.evaluate_and_halt(model, x, x, [1, last], tol=tol,
+                                                      progress=lambda *now: done.append(now))
+    assert done == 2 * [(455, 500), (500, 500)]
     assert same([labels, *halted], [logits.argmax(-1), used, converged])
     if tol > looped.ROUNDING:
         assert table == looped.evaluate(model, x, x, [1, last])
@@ -1734,6 +1738,11 @@ def test_a_puzzle_at_rest_costs_nothing_and_a_nan_is_not_at_rest(monkeypatch):
         rest = int((~still_moves[:, b]).nonzero()[0])
         assert same(path[rest][0][b], path[-1][0][b])
         assert 0 < moved[rest, b] < tol
+
+    # so it is in the table
+    asked.clear()
+    looped.evaluate(model, x, x, [99])
+    assert len(asked) == 100 and asked[0] == 10 and asked[-1] == 1
 
     # what the table calls at rest has nothing left but rounding
     assert 1 < looped.ROUNDING / torch.finfo(torch.float32).eps < 20
@@ -1769,7 +1778,9 @@ def test_tokens_that_skip_a_loop_keep_their_state_and_end_a_circle_but_no_drift(
     monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: h.roll(1, 1))
     some = x[:20]
     assert not looped.solve(model, some, max_loops=900)[2].any()
-    assert looped.solve(model, some, max_loops=900, skip=0.5, generator=seed(0))[2].all()
+    first, again = (looped.solve(model, some, max_loops=900, skip=0.5, generator=seed(0))
+                    for _ in range(2))
+    assert first[2].all() and same(first, again)
 
     # a loop: a quarter of the tokens stays, whole, and the next loop draws other ones
     e = model.embed(x)
@@ -1782,11 +1793,6 @@ def test_tokens_that_skip_a_loop_keep_their_state_and_end_a_circle_but_no_drift(
     assert 0.04 < (path[1] == e).all(-1).double().mean() < 0.09         # 1/16
     again = next(looped.run_loop(model, x, 1, 0.0, 0.25, seed(0)))[1]
     assert torch.equal(again, path[0])
-
-    # what evaluate says of a two-cycle
-    monkeypatch.setattr(looped.LoopedTransformer, "step", lambda self, h, r: -h)
-    row = looped.evaluate(model, x, x, [5])[5]
-    assert row["residual"] == pytest.approx(2)
 
 
 def test_a_board_that_does_not_converge_is_asked_again_in_another_guise(monkeypatch):
@@ -1838,11 +1844,12 @@ def test_wilsons_interval_holds_the_rates_that_the_count_does_not_contradict(rig
 
 def scripted_report(monkeypatch, capsys, exact):
     """The report of a run whose evaluate gives exact[level][t] -> result, printed text."""
-    cfg = tiny(n_test=6, n_hard=8)
+    cfg = tiny(n_test=6, n_hard=8, tol=0.01)
     model = looped.LoopedTransformer(cfg)
     sets = sets_of(cfg)
 
     def evaluate_and_halt(model, x, y, loops, progress, tol):
+        assert tol == 0.01
         level, = [name for name in sets if sets[name][0] is x]
         rest = {"token": 0.0, "residual": 0.5, "norm_ratio": 1.0}
         table = {t: {"exact": exact[level][t]} | rest for t in loops}
@@ -1879,28 +1886,36 @@ hard: 24 bits, 8 puzzles
 """
 
 
-def test_with_tries_halting_is_that_of_solve_for_every_puzzle(monkeypatch, capsys):
-    cfg = tiny(**BOARD, n_test=40, n_hard=40, tries=2, skip=0.75, eval_loops=5)
-    sets = sets_of(cfg)
+def test_with_skip_or_tries_halting_is_that_of_solve_for_every_puzzle(monkeypatch, capsys):
+    old = tiny(**BOARD, n_test=40, n_hard=40)
+    sets = sets_of(old)
     converged = torch.arange(40) % 2 == 0
     right = torch.arange(40) % 5 == 0
+    asked = []
 
     def solve(model, x, tol, max_loops, skip, tries, generator, progress):
-        assert (tol, max_loops, skip, tries) == (cfg.tol, 5, 0.75, 2)
-        assert generator.initial_seed() == cfg.seed
+        asked.append((tol, max_loops, skip, tries, torch.rand(1, generator=generator).item()))
         y = next(y for x_all, y in sets.values() if same(x_all, x))
         labels = torch.where(right[:, None], y, 0)
         return give_marks(labels, 5), torch.full((40,), 3), converged
 
     monkeypatch.setattr(looped, "solve", solve)
-    result = looped.report(cfg, looped.LoopedTransformer(cfg), sets)
-    for level in ("easy", "hard"):
-        assert list(result[level]) == [1, 2, 4, 5]
-        assert result["halting"][level] == {
-            "n": 40, "tries": 2, "skip": 0.75, "loops": 3, "exact": 0.2, "converged": 0.5,
-            "converged_and_right": 0.1}
-    printed = capsys.readouterr().out
-    assert "by itself: 20 converge, 3 loops each\n  (skip 0.75, up to 2 tries)" in printed
+    first = torch.rand(1, generator=torch.Generator().manual_seed(3)).item()
+    for skip, tries in ((0.75, 2), (0.75, 1), (0, 2)):
+        # a resumed model's own options may be others
+        cfg = tiny(**BOARD, seed=3, skip=skip, tries=tries, tol=0.01, eval_loops=5)
+        asked.clear()
+        result = looped.report(cfg, looped.LoopedTransformer(old), sets)
+        assert asked == 2 * [(0.01, 5, skip, tries, first)]     # both levels begin at the seed
+        for level in ("easy", "hard"):
+            assert list(result[level]) == [1, 2, 4, 5]
+            assert result["halting"][level] == {
+                "n": 40, "tries": tries, "skip": skip, "loops": 3, "exact": 0.2, "converged": 0.5,
+                "converged_and_right": 0.1}
+        printed = capsys.readouterr().out
+        assert printed.count("by itself: 20 converge, 3 loops each\n  (") == 2
+        assert printed.count(f"skip {skip:g}") == (2 if skip else 0)
+        assert printed.count(f"up to {tries} tries") == (2 if tries > 1 else 0)
 
 
 def watched(capsys, script, eval_loops=2):
@@ -1938,13 +1953,21 @@ def test_nothing_is_right_or_wrong_where_the_truth_is_unknown(monkeypatch, capsy
     assert "no solution is known" in printed
 
 
-def test_watch_skips_as_asked(capsys):
-    for skip, ending in ((0.5, "\nconverged after"), (0, "\ndid not converge in 400 loops")):
-        cfg = tiny(skip=skip, eval_loops=200, puzzle="11010")
-        model = looped.LoopedTransformer(cfg)
+def test_watch_skips_as_asked_and_by_the_seed(capsys):
+    def watch(**options):
+        cfg = tiny(eval_loops=200, puzzle="11010", **options)
+        model = looped.LoopedTransformer(tiny())
         model.step = lambda h, r: h.roll(1, 1)      # it goes round for ever if nothing is skipped
         looped.watch(cfg, model)
-        assert ending in capsys.readouterr().out
+        return capsys.readouterr().out
+
+    plain = watch()
+    assert "\ndid not converge in 400 loops" in plain
+    assert "keep their state" not in plain
+    printed = [watch(skip=0.5, seed=seed) for seed in (0, 0, 0, 1, 2, 3)]
+    assert all("in each loop 50% of the tokens" in text for text in printed)
+    loops = [re.search(r"\nconverged after (\d+)", text)[1] for text in printed]
+    assert len(set(loops[:3])) == 1 < len(set(loops))
 
 
 def test_watch_says_that_a_right_chess_answer_is_solved(capsys):
@@ -1958,9 +1981,9 @@ def test_watch_says_that_a_right_chess_answer_is_solved(capsys):
 
 
 def test_watch_stops_where_the_state_rests_and_takes_a_hard_puzzle_if_none_is_given(capsys):
-    cfg = tiny(seed=3)
+    cfg = tiny(seed=3, tol=0.01)
     model = looped.LoopedTransformer(cfg)
-    speed = iter([1.0, 0.5, 1e-5])
+    speed = iter([1.0, 0.5, 5e-3])
     model.step = lambda h, r: (1 + next(speed)) * h
     looped.watch(cfg, model)
     printed = capsys.readouterr().out
@@ -2044,6 +2067,7 @@ def test_the_checkpoint_is_picked_by_val_and_by_nothing_else(tmp_path, monkeypat
     state = looped.read_checkpoint(tmp_path)[0]
     assert same(state["best"], weights[2])
     assert same(state["model"], weights[5])
+    assert same(state["averaged"], weights[5])
     assert state["best_val"] == 0.5
     assert same(looped.load(tmp_path)[0].state_dict(), weights[2])
 
@@ -2089,16 +2113,20 @@ def test_what_counts_is_the_mean_of_the_weights_over_the_last_steps(tmp_path, mo
     assert same(validated[-1], raw[-1])
 
 
-def test_a_validation_after_a_resume_must_beat_the_best_before_it(tmp_path, monkeypatch):
+def test_a_resume_keeps_the_best_and_goes_on_with_the_mean(tmp_path, monkeypatch):
     score = {"exact": 0.75, "residual": 0.0}
     monkeypatch.setattr(looped, "evaluate", lambda *_, **__: {TINY["loops"]: score})
-    before, _ = train(tiny(steps=2), tmp_path / "before")
-    for weight in before["best"].values():
-        weight += 1                             # the best were not the last ones
+    before, _ = train(tiny(steps=2, average=0.5), tmp_path / "before")
+    # the best were not the last ones
+    before["best"] = {name: weight + 1 for name, weight in before["best"].items()}
     score["exact"] = 0.5
-    after, _ = train(tiny(steps=4), tmp_path / "after", before)
-    assert (before["step"], after["step"], after["best_val"]) == (2, 4, 0.75)
+    after, _ = train(tiny(steps=3, average=0.5), tmp_path / "after", before)
+    assert (before["step"], after["step"], after["best_val"]) == (2, 3, 0.75)
     assert same(after["best"], before["best"])
+
+    # the third weights have the weight 1 / (1 + 2 / 2) in the mean
+    for name, mean in after["averaged"].items():
+        assert close(mean, (before["averaged"][name] + after["model"][name]) / 2, atol=1e-6), name
 
 
 def test_random_numbers_of_another_kind_of_device_do_not_hinder_a_resume(tmp_path):
@@ -2574,6 +2602,11 @@ BAD = [
     ("--files=", "files"),
     ("--resume RUN --watch --puzzle=", "puzzle"),
     ("--resume RUN --watch --device cpu", "--device"),
+    ("--resume RUN --watch --n_test 5", "--n_test has no meaning"),
+    ("--resume RUN --watch --n_hard 5", "--n_hard has no meaning"),
+    ("--resume RUN --watch --out new", "--out has no meaning"),
+    ("--resume RUN --steps 9 --average 0.5", "--average"),
+    ("--train progressive --rest 0.2", "--rest is not for"),
     ("--resume RUN --watch --files nofile", "nofile"),
 
     # places
@@ -2746,6 +2779,8 @@ def test_help_shows_every_option_with_its_default_and_fits_the_terminal(capsys, 
     text = " ".join(text.split())
     assert "[pre|peri|outer|gru] (default: outer)" in text
     assert "(default: 15; prefix_sums: 21; sudoku4: 16; chess: 3)" in text
+    for common in ("0.1", "0.25"):          # average, skip
+        assert f"(default: {common}; prefix_sums: 0.0; sudoku4: 0.0; chess: 0.0)" in text
 
 
 def test_defaults_depend_on_the_task_and_options_win():
@@ -2794,9 +2829,10 @@ def test_the_step_is_compiled_where_it_is_asked_for(compile, times, monkeypatch)
 def test_the_papers_preset_is_its_protocol_and_yields_to_options():
     protocol = dict(width=256, heads=8, blocks=1, train="progressive", loops=30, batch=500, clip=1,
                     optimizer="adamw", weight_decay=0.01, lr=3e-4, decay="step",
-                    positions="relative", eval_loops=500)
+                    positions="relative", eval_loops=500, average=0, skip=0)
     cases = [([], dict(steps=1600, warmup=160)),
-             (["--task", "sudoku"], dict(steps=8000, warmup=800, n_train=40000)),
+             (["--task", "sudoku"], dict(steps=8000, warmup=800, n_train=40000, n_val=2000,
+                                         n_hard=10000)),
              (["--task", "chess"], dict(steps=8000, marks="squares")),
              (["--lr", "0.1"], dict(lr=0.1))]
     for argv, differ in cases:
@@ -3625,6 +3661,14 @@ def test_the_defaults_are_those_of_the_runs_that_are_reported(name, options):
     names = defaults.keys() & config.keys() - {"out", "resume"}
     assert len(names) > 35
     assert {name: defaults[name] for name in names} == {name: config[name] for name in names}
+
+
+def test_the_code_of_the_front_page_runs(monkeypatch, capsys):
+    root = Path(looped.__file__).parent
+    code, = re.findall(r"```python\n(import looped.*?)```", (root / "README.md").read_text(), re.S)
+    monkeypatch.chdir(root)
+    exec(code, {})
+    assert capsys.readouterr().out.rstrip().endswith("True")
 
 
 @pytest.mark.parametrize("script", [looped, data, theory, results])

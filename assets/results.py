@@ -1060,7 +1060,8 @@ def halting_figure(out):
     sets = data.splits(model.task, cfg.seed, 0, 0, cfg.n_test, cfg.n_hard)
     x = torch.as_tensor(np.concatenate([sets[level].x for level in LEVELS])).long()
     rating = np.concatenate([sets[level].rating for level in LEVELS])
-    found = looped.solve(model, x, max_loops=512, skip=cfg.skip)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    found = looped.solve(model, x, max_loops=512, skip=cfg.skip, generator=generator)
     bands = {
         "0": (0, 0), "2": (2, 2), "4": (4, 4), "6-8": (6, 8), "10-14": (10, 14), "16+": (16, 999),
     }
