@@ -539,15 +539,16 @@ class Config:
 # defaults of the tasks, and the author's protocol
 
 # COMMON: 9x9 sudoku, and what DEFAULTS leaves open; a puzzle gets its 15 loops in 5 steps
-COMMON = dict(n_train=20000, n_hard=256, window=0, blocks=2, loops=15, grad_loops=3, steps=4000,
+COMMON = dict(n_train=20000, n_hard=256, window=0, blocks=2, loops=15, grad_loops=3, steps=2000,
               lr=4e-3, average=0.1, eval_loops=512, skip=0.25)
 DEFAULTS = {
     "prefix_sums": dict(n_train=8000, n_hard=64, window=5, blocks=1, loops=21, steps=400, lr=8e-3,
                         average=0.0, eval_loops=500, skip=0.0),
     "sudoku4": dict(blocks=1, loops=16, steps=800, average=0.0, eval_loops=64, skip=0.0),
-    "sudoku6": dict(steps=2000, eval_loops=128),
+    "sudoku6": dict(eval_loops=128),
     # chess is learned sooner with a gradient through all loops
-    "chess": dict(n_train=48000, loops=3, lr=8e-3, average=0.0, eval_loops=64, skip=0.0),
+    "chess": dict(n_train=48000, loops=3, steps=4000, lr=8e-3, average=0.0, eval_loops=64,
+                  skip=0.0),
 }
 
 PAPER = dict(width=256, heads=8, blocks=1, train="progressive", loops=30, batch=500,
