@@ -136,7 +136,8 @@ def main():
     for cell in args.cells:
         kind, *numbers = cell.split(",")
         sigma, per_try, damping, skip = map(float, numbers)
-        record = {"run": Path(args.run).name, "seed": args.seed, "level": args.level}
+        run = "/".join(Path(args.run).parts[-2:])
+        record = {"run": run, "seed": args.seed, "level": args.level}
         record |= compare(model, x, y, kind, sigma, int(per_try), damping, skip, args.budget,
                           args.seed)
         print(json.dumps(record), flush=True)
