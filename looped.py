@@ -538,7 +538,8 @@ class Config:
 # -----------------------------------------------------------------------------
 # defaults of the tasks, and the author's protocol
 
-# COMMON: 9x9 sudoku, and what DEFAULTS leaves open; a puzzle gets its 15 loops in 5 steps
+# COMMON: 9x9 sudoku, and what DEFAULTS leaves open; a puzzle gets its 15 loops in 5 steps. average
+# and skip are for states that are slow to come to rest
 COMMON = dict(n_train=20000, n_hard=256, window=0, blocks=2, loops=15, grad_loops=3, steps=2000,
               lr=4e-3, average=0.1, eval_loops=512, skip=0.25)
 DEFAULTS = {
