@@ -701,6 +701,7 @@ def train(cfg, model, sets, out, checkpoint=None):
 
     optimizers = configure_optimizers(model, cfg)
     rng = torch.Generator(device).manual_seed(cfg.seed)
+    # the mean of the last weights (update_average): it is validated and kept, and never trained
     averaged = LoopedTransformer(cfg).to(device)
     # what a checkpoint holds of a run, besides model and optimizers; seconds of training alone
     saved = {
@@ -808,8 +809,8 @@ def run_loop(model, x, max_loops, freeze_below, skip=0.0, generator=None):
     skip: the share of tokens that keep their state in a loop, drawn anew for each loop by the
     generator. Fixed points stay what they are. In the mean it damps the loop, h <- (1 - skip)
     step(h) + skip h; and it is a noise that dies out as a state comes to rest, so that it ends
-    circles, in which a state would go round for ever. (So are updated Growing Neural Cellular
-    Automata, Mordvintsev et al., 2020.)
+    circles, in which a state would go round for ever. (Growing Neural Cellular Automata are updated
+    like this, too: Mordvintsev et al., 2020.)
     h and residual are written in place: clone what you keep.
     """
     e = model.embed(x)
