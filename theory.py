@@ -1126,7 +1126,7 @@ def g6(seed, quick, norm="outer"):
     all loops count about alike, so that the last 10 of 60 leave out 50 of 60.
 
     With two or three loops (carry_loss has three by default) what is left out is not small: it is
-    in the note (at seeds 15080 to 15087, --quick: 0.22 to 0.38 after two, 0.11 to 0.24 after
+    in the note (at seeds 17000 to 17003, --quick: 0.19 to 0.34 after two, 0.09 to 0.21 after
     three), and more where recall is weaker (--ckpt measures it on trained models). That carry_loss
     trains well in spite of it is not explained by this.
     """
