@@ -744,6 +744,11 @@ def read_blocks(path, raw):
     return text, fresh_text, blocks
 
 
+def mean_right(records):
+    """-> the share of boards that are right, a mean over records of tries/compare.py."""
+    return np.mean([record["right"] / record["boards"] for record in records])
+
+
 def all_runs(raw, pattern):
     """-> all runs of a pattern, whatever their names."""
     return [run for runs in find_groups(raw, [pattern]).values() for run in runs]
@@ -790,8 +795,7 @@ def grid_phrases(raw):
     tried = read_lines(raw / "tries/ten.jsonl")
     shares = []
     for model in ("sudoku6/internal", "sudoku9-2000/internal"):
-        runs = [record for record in tried if record["run"].startswith(model)]
-        shares.append(np.mean([record["right"] / record["boards"] for record in runs]))
+        shares.append(mean_right([r for r in tried if r["run"].startswith(model)]))
     yield "solves {:.3f} of the hard 6x6 and {:.3f} of the hard 9x9 boards".format(*shares)
 
     # without recall
@@ -843,8 +847,7 @@ def skip_phrases(raw):
              for record in read_lines(raw / "tries/sudoku9.jsonl") if record["kind"] == "on"}
     yield (f"one model solves {right[0.0, 0.0]} in 2,560 plain loops, {right[0.25, 0.0]} in damped "
            f"ones, ¾ step(h) + ¼ h, and {right[0.0, 0.25]}")
-    long = read_lines(raw / "tries/long.jsonl")
-    share = np.mean([record["right"] / record["boards"] for record in long])
+    share = mean_right(read_lines(raw / "tries/long.jsonl"))
     yield f"(three models, 2,048 loops: {share:.3f} solved)"
     shares = [np.mean([run.halting("hard")["exact"] for run in all_runs(raw, pattern)])
               for pattern in ("current/sudoku4-skip/*", "current/sudoku4/*")]
